@@ -1,0 +1,219 @@
+"""What can be set in a run, and to what: `default`, `load`, `validate`, `resolve`, `check_devices`.
+
+Imports no JAX, so that a mistake is reported before anything slow happens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+TRAIN_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's, told in one sentence that says what is allowed; exit code 2."""
+
+
+class Stopped(RuntimeError):
+    """A run that cannot go on (a loss that is NaN), told in one sentence; exit code 1."""
+
+
+def default() -> ConfigDict:
+    """Every field with the paper's setting (section 4.1); files in `configs/` only override."""
+    config = ConfigDict()
+
+    # Data.
+    config.dataset = "cifar10"  # 'digits', 'cifar10' or 'cifar100'
+    config.data_dir = ""  # TFDS folder; '' is TFDS's own default, ~/tensorflow_datasets
+    config.validation_size = 0  # training images held out for early stopping; 0: training loss
+
+    # Model.
+    config.model = "resnet"  # 'mlp', 'resnet' or 'vgg'
+    config.depth = 56  # resnet only: 6n+2 layers
+    config.width = 1.0  # resnet and vgg: factor on every layer's channels
+    config.hidden = (1024, 1024)  # mlp only: units of each hidden layer
+    config.precision = "float32"  # of the compute: 'float32' or 'bfloat16'; the state is float32
+
+    # Sparsity.
+    config.method = "gse"  # 'dense', 'random' (static), 'set', 'rigl' or 'gse' (the paper's)
+    config.heuristic = "grabo"  # where gse looks: 'uniform', 'grabo' or 'synflow'
+    config.sparsity = 0.98  # inactive fraction of all kernels, in [0, 1); dense ignores it
+    config.distribution = "uniform"  # of the sparsity over layers: 'uniform', 'er' or 'erk'
+    config.drop_fraction = 0.2  # |P| / |A| at step 0, annealed to 0 by a cosine
+    config.rewire_every = 1000  # steps between two rewires
+    config.rewire_end_epoch = 120  # the cosine's end; the paper's second learning rate drop
+    config.subset_ratio = 10.0  # |S| / |P|, at least 1
+    config.sampling_rounds = 8  # draws per rewire that fill S in spite of duplicates
+
+    # Optimizer: SGD.
+    config.epochs = 200  # passes over the training set
+    config.batch_size = 128  # images a step, over all devices together
+    config.learning_rate = 0.1  # before the first drop
+    config.lr_drop_epochs = (80, 120)  # when the learning rate is multiplied by lr_drop_factor
+    config.lr_drop_factor = 0.1  # in (0, 1]
+    config.momentum = 0.9  # in [0, 1)
+    config.weight_decay = 1e-4  # L2 on every parameter
+    config.patience = 50  # stop after so many epochs without a better loss; 0: never
+    config.seed = 0  # of everything random
+
+    # The run.
+    config.eval_every = 1  # epochs between two evaluations
+    config.eval_batch_size = 500  # test images a step, over all devices together
+    config.checkpoint_every = 1000  # steps between two checkpoints
+    config.checkpoints_kept = 2  # at least 2, so that a damaged one can be skipped
+    config.devices = 0  # local devices to use; 0: all
+    return config.lock()
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _choice(*names: str) -> tuple[Callable[[Any], bool], str]:
+    allowed = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
+    return lambda v: isinstance(v, str) and v in names, allowed
+
+
+def _integer(low: int, high: float = math.inf) -> tuple[Callable[[Any], bool], str]:
+    allowed = f"an integer >= {low}" if high == math.inf else f"an integer from {low} to {high}"
+    return lambda v: _is_int(v) and low <= v <= high, allowed
+
+
+def _number(inside: Callable[[float], bool], allowed: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: _is_number(v) and inside(v), f"a number {allowed}"
+
+
+def _ints(inside: Callable[[tuple], bool], allowed: str) -> tuple[Callable[[Any], bool], str]:
+    def ok(v: Any) -> bool:
+        return isinstance(v, tuple) and all(_is_int(i) and i >= 1 for i in v) and inside(v)
+
+    return ok, allowed
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dataset": _choice(*TRAIN_IMAGES),
+    "data_dir": (lambda v: isinstance(v, str), "the path of a folder, as a string"),
+    "validation_size": _integer(0),
+    "model": _choice("mlp", "resnet", "vgg"),
+    "depth": (lambda v: _is_int(v) and v >= 8 and v % 6 == 2, "6n+2 with n >= 1 (8, 14, ... 56)"),
+    # Both networks start with 16 channels.
+    "width": _number(lambda v: v >= 1 / 16, ">= 0.0625, one channel in the first layer"),
+    "hidden": _ints(lambda v: len(v) >= 1, "a tuple of one or more integers >= 1"),
+    "precision": _choice("float32", "bfloat16"),
+    "method": _choice("dense", "random", "set", "rigl", "gse"),
+    "heuristic": _choice("uniform", "grabo", "synflow"),
+    "sparsity": _number(lambda v: 0 <= v < 1, "in [0, 1)"),
+    "distribution": _choice("uniform", "er", "erk"),
+    "drop_fraction": _number(lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "rewire_every": _integer(1),
+    "rewire_end_epoch": _integer(1),
+    "subset_ratio": _number(lambda v: v >= 1, ">= 1"),
+    "sampling_rounds": _integer(1),
+    "epochs": _integer(1),
+    "batch_size": _integer(1),
+    "learning_rate": _number(lambda v: v > 0, "> 0"),
+    "lr_drop_epochs": _ints(
+        lambda v: all(a < b for a, b in zip(v, v[1:], strict=False)),
+        "a tuple of increasing integers >= 1",
+    ),
+    "lr_drop_factor": _number(lambda v: 0 < v <= 1, "in (0, 1]"),
+    "momentum": _number(lambda v: 0 <= v < 1, "in [0, 1)"),
+    "weight_decay": _number(lambda v: v >= 0, ">= 0"),
+    "patience": _integer(0),
+    "seed": _integer(0, 2**32 - 1),
+    "eval_every": _integer(1),
+    "eval_batch_size": _integer(1),
+    "checkpoint_every": _integer(1),
+    "checkpoints_kept": _integer(2),
+    "devices": _integer(0),
+}
+
+
+def load(path: str | None) -> ConfigDict:
+    """What `get_config()` of the Python file returns; every mistake in it is a `ConfigError`."""
+    if not path or not Path(path).is_file():
+        found = f"there is no file {path!r}" if path else "it is missing"
+        raise ConfigError(f"--config must name a file such as configs/digits_mlp.py; {found}.")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        config = get_config() if callable(get_config) else None
+    except Exception as error:  # a file can go wrong in any way; the last line says how
+        lines = re.split(r"\n|\\n", str(error).strip("\"'\n"))
+        raise ConfigError(f"{path}: {type(error).__name__}: {lines[-1]}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path} must have a get_config() that returns a dst.config.default().")
+    return config
+
+
+def check_name(field: str) -> None:
+    """`ConfigError` if there is no such field."""
+    if field not in _RULES:
+        near = difflib.get_close_matches(field, _RULES, n=1)
+        hint = f'; did you mean "{near[0]}"?' if near else "; dst/config.py lists them all."
+        raise ConfigError(f'The config has no field "{field}"{hint}')
+
+
+def check_field(field: str, value: Any) -> None:
+    """`ConfigError` if there is no such field or if it cannot have this value."""
+    check_name(field)
+    ok, allowed = _RULES[field]
+    if not ok(value):
+        raise ConfigError(f"{field} must be {allowed}, not {value!r}.")
+
+
+def validate(config: ConfigDict) -> None:
+    """Returns, or raises `ConfigError` with one sentence: field, value and what is allowed."""
+    for field in config:
+        check_name(field)
+    for field in _RULES:
+        if field not in config:
+            raise ConfigError(f'The field "{field}" is missing; start from dst.config.default().')
+        check_field(field, config[field])
+    left = TRAIN_IMAGES[config.dataset] - config.validation_size
+    if config.batch_size > left:
+        raise ConfigError(
+            f"batch_size must be at most {max(left, 0)}, the training images of {config.dataset!r} "
+            f"less validation_size {config.validation_size}, not {config.batch_size}."
+        )
+    if config.model == "vgg" and config.dataset == "digits":
+        raise ConfigError(
+            "model 'vgg' halves 32x32 images five times; for the 8x8 images of dataset 'digits' "
+            "it must be 'mlp' or 'resnet'."
+        )
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A locked copy in which what follows from other fields is filled in.
+
+    There is one such thing: `method='dense'` trains every connection, so its sparsity is 0,
+    whatever the file that it overrides says (`--config.method=dense` is enough for a baseline).
+    """
+    resolved = config.copy_and_resolve_references()
+    if resolved.method == "dense":
+        resolved.sparsity = 0.0
+    return resolved.lock()
+
+
+def check_devices(config: ConfigDict, available: int) -> int:
+    """The number of devices to use of those `available`; `ConfigError` if the batch does not split."""
+    count = config.devices or available
+    if count > available:
+        raise ConfigError(f"devices must be at most {available}, all there are, not {count}.")
+    if config.batch_size % count:
+        raise ConfigError(
+            f"batch_size must be divisible by the number of devices, {count}, "
+            f"not {config.batch_size} (--config.devices=1 uses one)."
+        )
+    return count

@@ -1,0 +1,121 @@
+"""Where promising connections are looked for: marginals f over inputs and g over outputs.
+
+A heuristic is (net, loss) -> measure, and measure(state, batch) -> {path: (f, g)} with f (n_in,)
+and g (n_out,), non-negative and not normalised. A connection is then drawn with probability
+f_a g_b; in a convolution a and b are channels and the kernel position is uniform (App. C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dst.config import ConfigError
+from dst.network import Network, describe, is_layer, obstacle
+from dst.probes import marginals
+from dst.state import SparseState
+from dst.update import AXIS, Loss, run_loss
+
+Array = jax.Array
+Marginals = dict[str, tuple[Array, Array]]
+
+
+def uniform(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]:
+    """Eq. 1: every input and every output unit alike."""
+
+    def measure(state: SparseState, batch: Any) -> Marginals:
+        return {p: (jnp.ones(layer.n_in), jnp.ones(layer.n_out)) for p, layer in net.layers.items()}
+
+    return measure
+
+
+def grabo(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]:
+    """Eq. 7: f = sum_b |h_b|, g = sum_b |delta_b|, whose product bounds |G| (Eq. 6)."""
+
+    def measure(state: SparseState, batch: Any) -> Marginals:
+        value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
+        return lax.psum(marginals(net.layers, value), AXIS)
+
+    return measure
+
+
+def synflow(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]:
+    """Eq. 3: f the synaptic flow into a layer's inputs, g out of its outputs, in float64.
+
+    Runs on the host side of the rewire: R of ResNet-56 is near 1e70, beyond float32, and x64 cannot
+    be switched on inside a float32 program. Errors: a network whose flow is not finite or not
+    positively homogeneous in its weights.
+    """
+    measure = jax.jit(lambda variables: synaptic_flow(net, variables))
+
+    def flow(state: SparseState, batch: Any) -> Marginals:
+        with jax.enable_x64(True):
+            R, R_of_double, fg = measure({"params": state.params, **state.batch_stats})
+            if not abs(float(R_of_double) - 2 * float(R)) <= 1e-6 * abs(float(R)):
+                raise ConfigError(
+                    "heuristic is 'synflow', but the model is not positively homogeneous (R(2x) is "
+                    f"{float(R_of_double):.6g}, R(x) is {float(R):.6g}); use 'grabo' or 'uniform'."
+                )
+        return fg
+
+    return flow
+
+
+HEURISTICS = {"uniform": uniform, "grabo": grabo, "synflow": synflow}
+ON_HOST = ("synflow",)
+
+
+def synaptic_flow(net: Network, variables: Mapping[str, Any]) -> tuple[Array, Array, Marginals]:
+    """R(1), R(2 * 1) and the normalised float32 marginals of Eq. 3, on inputs of ones of batch 1.
+
+    The twin has |w| for w, no biases, and |scale| / sqrt(var + eps) for batch normalisation.
+    """
+    wide = lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.inexact) else a  # noqa: E731
+    variables = jax.tree.map(wide, variables)
+
+    def total(extra: Mapping[str, Any], value: float) -> Array:
+        ones = [jnp.full((1, *a.shape[1:]), value, jnp.float64) for a in net.args]
+        with nn.intercept_methods(_twin(net)):
+            y = net.model.apply({**variables, **extra}, *ones, **net.kwargs, mutable=True)[0]
+        return jnp.sum(y)
+
+    R, double = total({}, 1.0), total({}, 2.0)
+    # The scale of R cancels in f and g; dividing by it keeps the cotangents in range.
+    fg = marginals(net.layers, lambda extra: total(extra, 1.0) / R, jnp.float64)
+    unit = lambda v: (v / jnp.maximum(v.sum(), jnp.finfo(v.dtype).tiny)).astype(jnp.float32)  # noqa: E731
+    return R, double, {path: (unit(f), unit(g)) for path, (f, g) in fg.items()}
+
+
+def _twin(net: Network) -> Callable:
+    """Interceptor: Dense, Conv, BatchNorm and Dropout as in the linear twin, in float64."""
+
+    def interceptor(next_fun, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(module, nn.Dropout):
+            return x
+        if isinstance(module, nn.BatchNorm):
+            return x * _norm_factor(module)
+        if is_layer(module) and obstacle(module) is None:
+            return _flow_through(module, x)
+        return next_fun(*args, **kwargs)
+
+    return interceptor
+
+
+def _norm_factor(norm: nn.BatchNorm) -> Array:
+    variance = norm.get_variable("batch_stats", "var")
+    scale = jnp.abs(norm.get_variable("params", "scale")) if norm.use_scale else 1.0
+    return scale / jnp.sqrt(variance + norm.epsilon)
+
+
+def _flow_through(module: nn.Dense | nn.Conv, x: Array) -> Array:
+    kernel = jnp.abs(module.get_variable("params", "kernel"))
+    return x @ kernel if isinstance(module, nn.Dense) else describe(module, x).convolve(x, kernel)

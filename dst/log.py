@@ -1,0 +1,288 @@
+"""What a run shows: `metrics.jsonl`, TensorBoard events, a progress bar and `curves.png`.
+
+`metrics.jsonl` holds the header in its first line and one event in each further line. An event is
+written before the checkpoint of its step, so cutting the file back to the restored step gives the
+log of a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from dst.checkpoint import first_difference
+from dst.config import ConfigError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "dst")
+_COLORS = ("#1f5fa8", "#d9772b")
+
+
+class Log:
+    """The open log of a run; made by `open_log`."""
+
+    def __init__(self, file: TextIO, tensorboard: SummaryWriter):
+        self._file, self._tensorboard = file, tensorboard
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """One line of JSON, flushed; scalars go to TensorBoard as `event/name`.
+
+        Values: numbers, strings, small NumPy or JAX arrays, dicts and lists of these. NaN and
+        infinity, which JSON has not, become null.
+        """
+        line = _plain({"event": event, "step": step, **values})
+        print(_dumps(line), file=self._file, flush=True)
+        for name, value in line.items():
+            if isinstance(value, int | float) and name != "step":
+                self._tensorboard.add_scalar(f"{event}/{name}", value, line["step"])
+        self._tensorboard.flush()
+
+
+@contextmanager
+def open_log(workdir: str | os.PathLike, header: Mapping[str, Any], step: int) -> Iterator[Log]:
+    """The log in `workdir`, continued after `step`: later events are cut off, the header stays.
+
+    Errors: `ConfigError` if the log there is of another config.
+    """
+    path = Path(workdir) / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = _lines(path) if path.exists() else []
+    old = _parse(lines[0], "config") if lines else None
+    if old is not None:
+        difference = first_difference(old["config"], header["config"])
+        if difference:
+            field, was, now = difference
+            raise ConfigError(
+                f"{path} is the log of a run with {field} = {was!r}, but {field} is {now!r} now; "
+                "choose another --workdir or the same settings."
+            )
+    # "end" is written after the last checkpoint, thus again by a run that restored it.
+    kept = [
+        line
+        for line in lines[1:]
+        if (e := _parse(line, "step", "event")) and e["step"] <= step and e["event"] != "end"
+    ]
+    first = lines[0] if old is not None else _dumps(_plain(header))
+    _replace(path, "".join(f"{line}\n" for line in [first, *kept]).encode())
+    purge = step + 1 if lines else None  # TensorBoard hides what an earlier run wrote from there on
+    with (
+        open(path, "a") as file,
+        SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge) as tensorboard,
+    ):
+        yield Log(file, tensorboard)
+
+
+def read(path: str | os.PathLike) -> tuple[dict, list[dict]]:
+    """The header and the events of a `metrics.jsonl`; a torn last line is left out."""
+    header, *events = _lines(Path(path))
+    return json.loads(header), [e for line in events if (e := _parse(line, "step", "event"))]
+
+
+def header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The first line: config, versions, devices, git revision (null outside a checkout)."""
+    device = jax.local_devices()[0]
+    return {
+        "config": dict(config),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: _version(package) for package in _PACKAGES},
+        },
+        "devices": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.local_device_count(),
+            "cpu_cores": os.cpu_count(),
+        },
+        "git_revision": _git_revision(),
+    }
+
+
+# Progress.
+
+
+class Bar(tqdm):
+    """tqdm on stderr; without a terminal a plain line every ten seconds. Made by `progress`."""
+
+    monitor_interval = 0  # no thread
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Draws the bar, or prints its line."""
+        if self.fp.isatty():
+            super().display(msg, pos)
+        elif msg != "":  # which tqdm sends to erase the bar
+            print(self, file=self.fp, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar, or a last line."""
+        if not (self.disable or self.fp.isatty()):
+            self.display()
+        super().close()
+
+    def show(self, step: int, **values: float) -> None:
+        """Moves to `step`; `values` (loss, accuracy, sparsity, ...) stand behind the bar."""
+        self.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in values.items()), refresh=False)
+        self.update(step - self.n)
+
+
+def progress(total: int, step: int) -> Bar:
+    """A bar of `total` steps that starts at `step`, with ETA."""
+    tty = sys.stderr.isatty()
+    form = "step {n_fmt}/{total_fmt} {elapsed}<{remaining} {rate_fmt}{postfix}"
+    return Bar(
+        total=total,
+        initial=step,
+        unit=" steps",
+        file=sys.stderr,
+        miniters=1,
+        mininterval=0.2 if tty else 10,
+        dynamic_ncols=tty,
+        leave=tty,
+        bar_format="{percentage:3.0f}% |{bar}| " + form if tty else "{percentage:3.0f}% " + form,
+    )
+
+
+def say(sentence: str) -> None:
+    """One line on stderr, above the bar if there is one."""
+    (Bar.write if sys.stderr.isatty() else print)(sentence, file=sys.stderr)
+
+
+# Plot.
+
+
+def plot(workdir: str | os.PathLike) -> Path:
+    """`<workdir>/curves.png` from its `metrics.jsonl`: loss, accuracy, sparsity of each layer."""
+    head, events = read(Path(workdir) / "metrics.jsonl")
+    config = head["config"]
+    figure = Figure(figsize=(12, 8.5), dpi=120, layout="constrained")
+    title = [config.get(k) for k in ("dataset", "model", "method", "heuristic")]
+    if config.get("method") != "gse":
+        title.pop()
+    figure.suptitle(" · ".join(str(part) for part in title if part is not None))
+    grid = figure.add_gridspec(2, 2, height_ratios=(1, 0.9))
+    _curves(figure.add_subplot(grid[0, 0]), events, ("loss", "test_loss"), "loss")
+    _curves(figure.add_subplot(grid[0, 1]), events, ("accuracy", "test_accuracy"), "accuracy")
+    _layers(figure.add_subplot(grid[1, :]), events)
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    path = Path(workdir) / "curves.png"
+    _replace(path, png.getvalue())
+    return path
+
+
+def _curves(axes: Any, events: list[dict], names: tuple[str, str], title: str) -> None:
+    for name, label, color in zip(names, ("training", "test"), _COLORS, strict=True):
+        points = [(e["epoch"], e[name]) for e in events if e.get(name) is not None]
+        if points:
+            marker = "." if len(points) <= 60 else None
+            axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
+    if title == "loss":
+        axes.set_yscale("log")
+    elif axes.lines:
+        last = axes.lines[-1]
+        text = f"{last.get_label()}: {100 * last.get_ydata()[-1]:.2f} % at the end"
+        axes.set_title(text, loc="right", fontsize=9)
+    axes.set(xlabel="epoch")
+    axes.set_title(title, loc="left", weight="bold")
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False)
+
+
+def _layers(axes: Any, events: list[dict]) -> None:
+    # The share of active connections is drawn, for at 98 % bars of the sparsity all look alike.
+    axes.set_title("sparsity of each layer at the end (numbers)", loc="left", weight="bold")
+    axes.set(ylabel="active connections, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    end = next((e for e in reversed(events) if "active" in e and "possible" in e), None)
+    if end is None:
+        return
+    layers = list(end["possible"])
+    share = np.array([100 * end["active"][layer] / end["possible"][layer] for layer in layers])
+    total = 100 * sum(end["active"].values()) / sum(end["possible"].values())
+    bars = axes.bar(range(len(layers)), share, color=_COLORS[0])
+    axes.axhline(total, color="0.35", linewidth=1, linestyle="--")
+    axes.set_title(f"{100 - total:.2f} % in all (dashed)", loc="right", fontsize=9)
+    many = len(layers) > 16
+    text: dict[str, Any] = {"rotation": 90, "fontsize": 7} if many else {"fontsize": 9}
+    axes.bar_label(bars, [f"{100 - s:.1f} %" for s in share], padding=2, **text)
+    axes.set_xticks(range(len(layers)), layers, **text)
+    axes.margins(x=0.01, y=0.2 if many else 0.1)
+
+
+# JSON, files, versions.
+
+
+def _plain(value: Any) -> Any:
+    """`value` of plain JSON types: arrays become lists, NaN and infinity become None."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return _plain(np.asarray(value).tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _parse(line: str, *fields: str) -> dict | None:
+    """The JSON object of a line, None if it is torn or lacks one of `fields`."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and all(f in value for f in fields) else None
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes the file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Commit of the checkout this file lies in, "+dirty" if the package was changed since."""
+
+    def git(*args: str) -> str:
+        # Without optional locks git only reads.
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *args]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip()
+
+    try:
+        # In a virtual environment inside some other checkout the file is not tracked.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

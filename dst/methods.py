@@ -1,0 +1,65 @@
+"""The rows of Table 1: a method is a value.
+
+| row    | starts    | candidates           | scored by             | memory of a rewire       |
+| ------ | --------- | -------------------- | --------------------- | ------------------------ |
+| dense  | all       | -                    | -                     | -                        |
+| random | G(n, M)   | -                    | -                     | -                        |
+| set    | G(n, M)   | all inactive         | chance                | sparse                   |
+| rigl   | G(n, M)   | all inactive         | the dense gradient    | dense                    |
+| gse    | G(n, M)   | S from f x g         | the gradient on S     | sparse                   |
+
+`rewire.py` has the one step in which they differ.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dst.config import ConfigError, check_field
+
+
+class Method(NamedTuple):
+    """How a network is made sparse and how its connections move."""
+
+    name: str
+    sparsity: float  # s, of all possible connections
+    distribution: str = "uniform"  # of the sparsity over the layers at the start
+    heuristic: str | None = None  # f x g that S is drawn from; None: every inactive connection
+    score: str | None = None  # "chance", "dense gradient" or "gradient"; None: never rewired
+    drop_fraction: float = 0.2  # |P| / |A| at step 0; a cosine takes it to 0 at `end`
+    every: int = 1000  # steps between two rewires
+    end: int = 46_800  # the first step that is not rewired any more
+    subset_ratio: float = 10.0  # c = |S| / |P|
+    rounds: int = 8  # of drawing, to replace duplicates and active connections
+    gain: float = 2.0  # variance of a new network's weights x fan-in; 2 is He's
+
+    @property
+    def grows(self) -> bool:
+        """Whether connections ever move."""
+        return self.score is not None
+
+
+ROWS: dict[str, dict] = {
+    "dense": {},
+    "random": {},
+    "set": {"score": "chance"},
+    "rigl": {"score": "dense gradient"},
+    "gse": {"score": "gradient", "heuristic": "grabo"},
+}
+
+
+def method(name: str, sparsity: float = 0.98, **options) -> Method:
+    """A row of Table 1 by name; `options` are fields of `Method`.
+
+    Errors: an unknown name, field or heuristic, or a value out of range.
+    """
+    check_field("method", name)
+    check_field("sparsity", sparsity)
+    unknown = options.keys() - Method._fields
+    if unknown:
+        raise ConfigError(f"a method has no field {min(unknown)!r}; it has {', '.join(Method._fields)}.")
+    for field in options.keys() & {"distribution", "drop_fraction", "subset_ratio", "heuristic"}:
+        check_field(field, options[field])
+    if name != "gse":
+        options.pop("heuristic", None)
+    return Method(name, 0.0 if name == "dense" else sparsity, **{**ROWS[name], **options})

@@ -1,0 +1,233 @@
+"""The rewire step, Figure 1 of the paper: drop P, sample S, score S, grow G.
+
+SET, RigL and guided stochastic exploration are this one step. They differ in where the candidates
+come from (`everything`, or a sample S from f x g) and in how these are scored (`by_chance`, by the
+dense gradient, by the gradient on S).
+
+A, the active connections, are the masks; |A| = K never changes. Candidates are flat positions in
+one vector over all layers, so that the weakest are dropped and the best grown globally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from dst.heuristics import HEURISTICS, ON_HOST
+from dst.masks import active_count, dead_units
+from dst.methods import Method
+from dst.moments import recognise, reset_inactive
+from dst.network import Network
+from dst.probes import gradient_on
+from dst.sample import draw_subset
+from dst.schedules import drop_counts, events, largest_remainder
+from dst.state import SparseState, kernels_of
+from dst.update import (
+    AXIS,
+    REWIRE_STREAM,
+    Loss,
+    all_finite,
+    mask_kernels,
+    parallel,
+    run_loss,
+    split_batch,
+    stream,
+)
+
+Array = jax.Array
+ByLayer = dict[str, Array]
+
+
+# ----------------------------------------------------------------------------- the whole run's plan
+def plan(net: Network, method: Method) -> tuple[np.ndarray, np.ndarray]:
+    """|P_t| (E,) and |S_{l,t}| (E, L) of every rewire event, exact integers, and a last row of 0.
+
+    |P_t| = floor(p_t K); |S_t| = min(ceil(c |P_t|), N) is split over layers in proportion to |W_l|.
+    """
+    K = active_count(net.possible, method.sparsity)
+    sizes = [layer.size for layer in net.layers.values()]
+    P = drop_counts(K, method.drop_fraction, method.every, method.end)
+    P = np.append(np.minimum(P, net.possible - K), 0).astype(np.int32)
+    asked = np.ceil(method.subset_ratio * P).astype(np.int64)
+    S = np.stack([largest_remainder(int(s), sizes, sizes) for s in asked])
+    return P, S.astype(np.int32)
+
+
+def due(method: Method, step: int) -> bool:
+    """Whether `method` rewires before this step's update: at every, 2 every, ... below the end."""
+    return method.grows and step in events(method.every, method.end)
+
+
+# -------------------------------------------------------------------------------- the step, Figure 1
+def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, loss: Loss):
+    """One rewire on one device's share of the batch: (state, batch, f x g) -> (state, report)."""
+    P_t, S_t = plan(net, method)
+    P_max, S_max = int(P_t[0]), S_t[0]
+    choose = everything if method.heuristic is None else subset(net, method, loss)
+    score = SCORES[method.score](net, loss)
+
+    def body(state: SparseState, batch: Any, fg: Any):
+        event = jnp.clip(state.step // method.every - 1, 0, len(P_t) - 1)
+        asked = jnp.asarray(S_t)[event]
+        # The gradient is taken before the drop; P and G are disjoint: S holds inactive ones only.
+        S, valid = choose(state, batch, fg, asked, S_max)
+        scores = score(state, batch, S)
+        finite = all_finite((scores, kernels_of(state.params, state.masks)))
+        best = jnp.where(join(valid), join(scores), -jnp.inf)
+        # With fewer candidates than |P_t| fewer are dropped, never more than can grow.
+        k = jnp.minimum(jnp.asarray(P_t)[event], jnp.isfinite(best).sum(dtype=jnp.int32))
+        A = join(state.masks)
+        weight = jnp.where(A, jnp.abs(join(kernels_of(state.params, state.masks))), jnp.inf)
+        dropped = top(-weight, P_max, k)
+        grown = jnp.append(join(positions(net, S)), A.size)[top(best, P_max, k, best.size)]
+        A = A.at[dropped].set(False, mode="drop").at[grown].set(True, mode="drop")
+        survivors = join(state.masks).at[dropped].set(False, mode="drop")
+        state = reconnect(tx, state, apart(net, A), apart(net, survivors))
+        return state, report(state, k, asked, valid, finite)
+
+    return body
+
+
+def top(score: Array, size: int, k: Array, nowhere: int | None = None) -> Array:
+    """Positions of the k largest of `score`, ties in order; `nowhere` fills up to `size`."""
+    _, index = lax.top_k(score, min(size, score.size))
+    nowhere = score.size if nowhere is None else nowhere
+    return jnp.where(jnp.arange(index.size) < k, index, nowhere)
+
+
+def reconnect(tx, state: SparseState, masks: ByLayer, survivors: ByLayer) -> SparseState:
+    """New masks; weights and moments of dropped and grown connections start over at 0."""
+    owners = recognise(state.opt_state, state.params, masks)
+    params = mask_kernels(state.params, survivors)
+    opt_state = reset_inactive(state.opt_state, tx.init(params), owners, survivors)
+    return state.replace(params=params, opt_state=opt_state, masks=masks)
+
+
+def report(state: SparseState, k: Array, asked: Array, valid: ByLayer, finite: Array):
+    """What a rewire did, for the log: |P| = |G|, |S| asked and realised, and each layer's counts."""
+    realised = sum(v.sum(dtype=jnp.int32) for v in valid.values())
+    return {
+        "pruned": k,
+        "grown": k,
+        "subset_asked": asked.sum(),
+        "subset_realised": realised,
+        "active": {path: m.sum(dtype=jnp.int32) for path, m in state.masks.items()},
+        "dead_units": {path: dead_units(m) for path, m in state.masks.items()},
+        "finite": finite,
+    }
+
+
+# -------------------------------------------------------------------------- where candidates come from
+def everything(state: SparseState, batch, fg, asked, S_max) -> tuple[ByLayer, ByLayer]:
+    """Every inactive connection: all positions, valid where the mask is not."""
+    S = {path: jnp.arange(mask.size, dtype=jnp.int32) for path, mask in state.masks.items()}
+    return S, {path: ~mask.ravel() for path, mask in state.masks.items()}
+
+
+def subset(net: Network, method: Method, loss: Loss) -> Callable:
+    """S: |S_l| distinct inactive connections of each layer, drawn from f x g of the heuristic."""
+    measure = HEURISTICS[method.heuristic](net, loss)
+
+    def choose(state: SparseState, batch, fg, asked, S_max) -> tuple[ByLayer, ByLayer]:
+        fg = fg if method.heuristic in ON_HOST else measure(state, batch)
+        key = stream(state, REWIRE_STREAM)
+        S, valid = {}, {}
+        for l, (path, mask) in enumerate(state.masks.items()):
+            S[path], valid[path] = draw_subset(
+                jax.random.fold_in(key, l), *fg[path], mask, asked[l], int(S_max[l]), method.rounds
+            )
+        return S, valid
+
+    return choose
+
+
+# --------------------------------------------------------------------------------- how they are scored
+def by_chance(net: Network, loss: Loss) -> Callable[..., ByLayer]:
+    """SET: a random order of all candidates."""
+
+    def score(state: SparseState, batch: Any, S: ByLayer) -> ByLayer:
+        key = stream(state, REWIRE_STREAM)
+        return {
+            path: jax.random.uniform(jax.random.fold_in(key, l), s.shape)
+            for l, (path, s) in enumerate(S.items())
+        }
+
+    return score
+
+
+def by_dense_gradient(net: Network, loss: Loss) -> Callable[..., ByLayer]:
+    """RigL: |dL/dw| of every possible connection, a gradient of the size of the dense model."""
+
+    def score(state: SparseState, batch: Any, S: ByLayer) -> ByLayer:
+        value = lambda params: run_loss(net, loss, params, state, batch)[0]  # noqa: E731
+        G = lax.pmean(kernels_of(jax.grad(value)(state.params), state.masks), AXIS)
+        return {path: jnp.abs(G[path].ravel()[s]) for path, s in S.items()}
+
+    return score
+
+
+def by_gradient(net: Network, loss: Loss) -> Callable[..., ByLayer]:
+    """Guided exploration: |dL/dw| of the connections in S, and of no others."""
+
+    def score(state: SparseState, batch: Any, S: ByLayer) -> ByLayer:
+        value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
+        G = lax.pmean(gradient_on(net.layers, value, S), AXIS)
+        return {path: jnp.abs(G[path]) for path in S}
+
+    return score
+
+
+SCORES = {"chance": by_chance, "dense gradient": by_dense_gradient, "gradient": by_gradient}
+
+
+# ----------------------------------------------------------------------------- one vector of all layers
+def join(by_layer: ByLayer) -> Array:
+    """All layers' entries in one vector, in layer order."""
+    return jnp.concatenate([leaf.ravel() for leaf in by_layer.values()])
+
+
+def apart(net: Network, flat: Array) -> ByLayer:
+    """The inverse of `join` for arrays in the kernels' shapes."""
+    ends = np.cumsum([layer.size for layer in net.layers.values()])
+    parts = jnp.split(flat, ends[:-1])
+    return {
+        path: part.reshape(layer.shape)
+        for (path, layer), part in zip(net.layers.items(), parts, strict=True)
+    }
+
+
+def positions(net: Network, S: ByLayer) -> ByLayer:
+    """Flat positions within a layer -> within the joined vector of all layers."""
+    start = np.cumsum([0, *(layer.size for layer in net.layers.values())])
+    return {path: S[path] + int(offset) for path, offset in zip(S, start[:-1], strict=True)}
+
+
+def make_rewire(
+    net: Network,
+    tx: optax.GradientTransformation,
+    method: Method,
+    loss: Loss,
+    *,
+    devices: list | None = None,
+) -> Callable[[SparseState, Any], tuple[SparseState, dict[str, Any]]]:
+    """The jitted rewire step: (state, batch) -> (state, report); compiled once for a whole run."""
+    step = parallel(rewire_body(net, tx, method, loss), (None, 0, None), devices)
+    measure = host_heuristic(net, method, loss)
+
+    def rewire(state: SparseState, batch: Any):
+        return step(state, split_batch(batch, devices), measure(state, batch))
+
+    return rewire
+
+
+def host_heuristic(net: Network, method: Method, loss: Loss) -> Callable[[SparseState, Any], Any]:
+    """The heuristic's part that runs before the jitted step (SynFlow, in float64), else nothing."""
+    if method.heuristic in ON_HOST:
+        return HEURISTICS[method.heuristic](net, loss)
+    return lambda state, batch: {}

@@ -1,0 +1,77 @@
+"""Sampling S: distinct inactive connections from the product distribution f x g, in static shapes."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+# jax.random.categorical builds draws x n noise. 2^20 float32 (4 MiB) bound that; above, the same
+# law comes from inverting the cumulative sum.
+CATEGORICAL_ELEMENTS = 2**20
+
+
+def draw_units(key: Array, p: Array, draws: int) -> Array:
+    """`draws` units with probabilities proportional to p >= 0. Shapes: (n,) -> int32 (draws,).
+
+    Units of weight 0 are never drawn (if all are 0, what is drawn means nothing).
+    """
+    if draws * p.size <= CATEGORICAL_ELEMENTS:
+        return jax.random.categorical(key, jnp.log(p), shape=(draws,)).astype(jnp.int32)
+    cumulative = jnp.cumsum(p / jnp.maximum(p.max(), jnp.finfo(p.dtype).tiny))
+    total = cumulative[-1]
+    u = jnp.minimum(jax.random.uniform(key, (draws,)) * total, jnp.nextafter(total, 0.0))
+    unit = jnp.searchsorted(cumulative, u, side="right")
+    return jnp.minimum(unit, p.size - 1).astype(jnp.int32)
+
+
+def draw_positions(key: Array, f: Array, g: Array, shape: tuple[int, ...], draws: int) -> Array:
+    """Flat kernel positions from f x g, the position in a convolution's window uniform (App. C)."""
+    key_f, key_g, key_xy = jax.random.split(key, 3)
+    i, o = draw_units(key_f, f, draws), draw_units(key_g, g, draws)
+    window = math.prod(shape[:-2])
+    xy = jax.random.randint(key_xy, (draws,), 0, window) if window > 1 else 0
+    return (xy * shape[-2] + i) * shape[-1] + o
+
+
+def draw_subset(
+    key: Array, f: Array, g: Array, mask: Array, asked: Array, size: int, rounds: int
+) -> tuple[Array, Array]:
+    """S_l: at most `asked` distinct inactive positions in draw order, and which of them count.
+
+    Shapes: f (n_in,), g (n_out,), mask (..., n_in, n_out) -> int32 (size,), bool (size,). Draws
+    that are active or were drawn before are thrown away and drawn again, `rounds` times in all,
+    which is sampling without replacement (Plackett-Luce). If `asked` reaches the number of inactive
+    connections, S_l is all of them.
+    """
+    flat, nowhere = mask.ravel(), mask.size
+    inactive = nowhere - flat.sum(dtype=jnp.int32)
+    possible = (f.max() > 0) & (g.max() > 0)
+
+    def one_round(i, held):
+        drawn = draw_positions(jax.random.fold_in(key, i), f, g, mask.shape, size)
+        drawn = jnp.where(possible & ~flat[drawn], drawn, nowhere)
+        return first_distinct(jnp.concatenate([held, drawn]), nowhere)[:size]
+
+    def draw():
+        return lax.fori_loop(0, rounds, one_round, jnp.full(size, nowhere, jnp.int32))
+
+    def enumerate_all():
+        return jnp.nonzero(~flat, size=size, fill_value=nowhere)[0].astype(jnp.int32)
+
+    S = lax.cond(inactive <= asked, enumerate_all, draw)
+    valid = (S < nowhere) & (jnp.arange(size) < asked)
+    return jnp.where(valid, S, 0), valid
+
+
+def first_distinct(drawn: Array, nowhere: int) -> Array:
+    """The first of every value in draw order, then `nowhere`. Shapes: int32 (n,) -> int32 (n,)."""
+    order = jnp.arange(drawn.size, dtype=jnp.int32)
+    value, when = lax.sort((drawn, order), num_keys=1, is_stable=True)
+    again = jnp.concatenate([jnp.zeros(1, bool), value[1:] == value[:-1]]) | (value == nowhere)
+    when = jnp.where(again, drawn.size, when)
+    return lax.sort((when, jnp.where(again, nowhere, value)), num_keys=1, is_stable=True)[1]

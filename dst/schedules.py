@@ -1,0 +1,70 @@
+"""What changes over a run, as numbers the host knows beforehand, and the exact split over layers."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+import optax
+
+
+def cosine_drop_fraction(step: int, end: int, initial: float) -> float:
+    """p_t = initial/2 (1 + cos(pi t / end)) for t < end, else 0 (section 4.1)."""
+    return initial / 2 * (1 + math.cos(math.pi * step / end)) if step < end else 0.0
+
+
+def events(every: int, end: int) -> range:
+    """The steps before whose update the network is rewired: every, 2 every, ... below end."""
+    return range(every, end, every)
+
+
+def drop_counts(active: int, initial: float, every: int, end: int) -> np.ndarray:
+    """|P_t| = floor(p_t |A|) of every event, int64 (E,); never more than `active`."""
+    # A product that misses an integer by float64's rounding is that integer: 0.29 * 100 is 29.
+    noise = 8 * np.finfo(np.float64).eps * active
+    fractions = (cosine_drop_fraction(step, end, initial) for step in events(every, end))
+    return np.array([min(math.floor(p * active + noise), active) for p in fractions], np.int64)
+
+
+def largest_remainder(total: int, weights: Sequence[int], caps: Sequence[int]) -> np.ndarray:
+    """Splits `total` in proportion to `weights`, none above its cap: int64 (L,) (Hamilton's method).
+
+    The sum is exactly min(total, sum(caps)). What a full layer cannot take goes to the others in
+    proportion; equal remainders are served in layer order. Weights are integers, so all is exact.
+    """
+    left = min(operator.index(total), sum(map(int, caps)))
+    caps = [operator.index(c) for c in caps]
+    weights = [operator.index(w) for w in weights]
+    if left < 0 or any(n < 0 for n in (*weights, *caps)):
+        raise ValueError("largest_remainder splits a total >= 0 by weights >= 0 and caps >= 0.")
+    counts = [0] * len(caps)
+    free = [i for i in range(len(caps)) if caps[i] > 0]
+    while left and free:
+        if not any(weights[i] for i in free):  # only layers without weight have room
+            weights = caps
+        whole = sum(weights[i] for i in free)
+        full = [i for i in free if left * weights[i] >= caps[i] * whole]
+        for i in full:
+            counts[i] = caps[i]
+        if full:
+            left -= sum(caps[i] for i in full)
+            free = [i for i in free if i not in full]
+            continue
+        quotas = {i: divmod(left * weights[i], whole) for i in free}
+        for i, (quotient, _) in quotas.items():
+            counts[i] = quotient
+        left -= sum(quotient for quotient, _ in quotas.values())
+        for i in sorted(free, key=lambda i: -quotas[i][1])[:left]:  # a stable sort
+            counts[i] += 1
+        break
+    return np.array(counts, np.int64)
+
+
+def learning_rate(
+    base: float, drop_epochs: Sequence[int], factor: float, steps_per_epoch: int
+) -> optax.Schedule:
+    """`base`, times `factor` from the first step of each of `drop_epochs` on."""
+    drops = {epoch * steps_per_epoch: factor for epoch in drop_epochs}
+    return optax.piecewise_constant_schedule(base, drops)

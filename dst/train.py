@@ -1,0 +1,397 @@
+"""The training run: build, restore, step, rewire, evaluate, save; killed at any moment, it resumes.
+
+Nothing random is remembered between steps: every number follows from (key, step), so a run that
+is killed and started again ends bit for bit as if it had not been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from dst import checkpoint, data, log, models
+from dst.config import check_devices
+from dst.evaluate import make_evaluate
+from dst.methods import Method, method
+from dst.network import Network, network
+from dst.rewire import due, host_heuristic, rewire_body
+from dst.schedules import learning_rate
+from dst.state import SparseState, fresh_progress, init_state, sparsity_of
+from dst.update import BATCH_STREAM, parallel, replicate, stream, update_body
+
+Array = jax.Array
+
+# Several steps a dispatch take about this long: host overhead vanishes, signals are still served.
+SECONDS_PER_DISPATCH = 2.0
+
+
+class Stopped(RuntimeError):
+    """A run that cannot go on; the sentence says at which step and what is left of it."""
+
+
+class Resident(NamedTuple):
+    """The training set on the devices, and the order of the epoch."""
+
+    images: Array  # uint8 (N, H, W, C)
+    labels: Array  # int32 (N,)
+    order: Array  # int32 (N,)
+
+
+def classification(apply: Callable[..., Array], batch: tuple[Array, Array]):
+    """Mean cross-entropy and accuracy of a classifier: images (B, ...), labels (B,)."""
+    images, labels = batch
+    logits = apply(images, train=True)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
+
+
+def schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate of a step: dropped by a factor at some epochs."""
+    return learning_rate(
+        config.learning_rate, config.lr_drop_epochs, config.lr_drop_factor, steps_per_epoch
+    )
+
+
+def optimizer(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    """SGD with momentum as in PyTorch: v <- mu v + (g + lambda w); w <- w - lr v (Sec. 4.1)."""
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum)
+    )
+
+
+def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
+    """The row of Table 1 that the configuration names, its epochs turned into steps."""
+    return method(
+        config.method,
+        config.sparsity,
+        heuristic=config.heuristic,
+        distribution=config.distribution,
+        drop_fraction=config.drop_fraction,
+        every=config.rewire_every,
+        end=config.rewire_end_epoch * steps_per_epoch,
+        subset_ratio=config.subset_ratio,
+        rounds=config.sampling_rounds,
+    )
+
+
+# ------------------------------------------------------------------------ the two jitted functions
+class Steps(NamedTuple):
+    """What the loop calls; the state has no device axis."""
+
+    update: Callable[[SparseState, Resident, int], tuple[SparseState, dict]]
+    rewire: Callable[[SparseState, Resident], tuple[SparseState, dict]]
+
+
+def make_steps(
+    config: ConfigDict, dataset: data.Dataset, net: Network, tx, rule: Method, devices: list
+) -> Steps:
+    """`update(state, resident, n)` takes n steps in one dispatch; `rewire(state, resident)` one.
+
+    The batch is cut out of the resident data and augmented inside. On CPU n is always 1: XLA runs
+    the gradients of convolutions 30 to 40 times slower inside a loop there.
+    """
+    share = config.batch_size // len(devices)
+    augment = dataset.augment
+
+    def fetch(state: SparseState, resident: Resident, device: Array):
+        images, labels = data.batch(
+            *resident, state.step, config.batch_size, device, len(devices)
+        )
+        key = stream(state, BATCH_STREAM)
+        images = data.augment(augment, key, images, first=device * share)
+        return data.normalise(images, dataset.mean, dataset.std), labels
+
+    update_one = update_body(net, tx, classification)
+    rewire_one = rewire_body(net, tx, rule, classification) if rule.grows else None
+
+    def one_update(state, resident, device):
+        return update_one(state, fetch(state, resident, device))
+
+    def many_updates(state, resident, n, device):
+        # A while loop with a traced bound compiles once for every n, and stops at a NaN.
+        def body(carry):
+            i, state, _ = carry
+            return i + 1, *one_update(state, resident, device)
+
+        nothing = jax.eval_shape(one_update, state, resident, device)[1]
+        metrics = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
+        metrics["finite"] = jnp.bool_(True)
+        go_on = lambda carry: (carry[0] < n) & carry[2]["finite"]  # noqa: E731
+        return jax.lax.while_loop(go_on, body, (jnp.int32(0), state, metrics))[1:]
+
+    def one_rewire(state, resident, fg, device):
+        return rewire_one(state, fetch(state, resident, device), fg)
+
+    index = np.arange(len(devices))
+    rewire_all = parallel(one_rewire, (None, None, None, 0), devices, donate=(0,))
+    measure = host_heuristic(net, rule, classification)
+    if devices[0].platform == "cpu":
+        update_all = parallel(one_update, (None, None, 0), devices, donate=(0,))
+        update = lambda state, resident, n: update_all(state, resident, index)  # noqa: E731
+    else:
+        update_all = parallel(many_updates, (None, None, None, 0), devices, donate=(0,))
+        update = lambda state, resident, n: update_all(state, resident, n, index)  # noqa: E731
+    rewire = lambda state, resident: rewire_all(  # noqa: E731
+        state, resident, measure(state, None), index
+    )
+    return Steps(update, rewire)
+
+
+# --------------------------------------------------------------------------------------- the run
+class Parts(NamedTuple):
+    """What stays the same during a run."""
+
+    config: ConfigDict
+    method: Method
+    net: Network
+    steps: Steps
+    evaluate: Callable[[SparseState], dict[str, float]]
+    validate: Callable[[SparseState], dict[str, float]] | None
+    resident: Callable[[int], Resident]  # of an epoch
+    rate: optax.Schedule
+    per_epoch: int
+    on_cpu: bool
+    save: Callable[[SparseState], None]
+    writer: log.Log
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.config.epochs * self.per_epoch
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Run `config` in `workdir`, from its newest checkpoint if there is one.
+
+    Errors: ConfigError (bad input, another run's workdir), Stopped (NaN, every checkpoint damaged).
+    """
+    # ---- Build
+    devices = jax.local_devices()[: check_devices(config, jax.local_device_count())]
+    dataset = data.load(config.dataset, config.data_dir, config.validation_size)
+    example = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
+    net = network(models.build(config, dataset.num_classes), example, train=False)
+    for name, why in net.dense.items():
+        log.say(f"{name} stays dense: {why}.")
+    per_epoch = data.steps_per_epoch(len(dataset.train_labels), config.batch_size)
+    rule, rate = method_of(config, per_epoch), schedule(config, per_epoch)
+    tx = optimizer(config, rate)
+    state = replicate(init_state(net, tx, rule, jax.random.key(config.seed)), devices)
+
+    # ---- Restore
+    manager = checkpoint.open_manager(workdir, config.checkpoints_kept)
+    try:
+        restored, _ = checkpoint.restore(manager, state, config.to_dict(), log.say)
+    except checkpoint.Unreadable as error:
+        raise Stopped(str(error)) from error
+    if restored is not None:
+        state = restored
+        log.say(f"Resuming {workdir} at step {int(state.step)}.")
+
+    # ---- Run
+    images = replicate((dataset.train_images, dataset.train_labels), devices)
+    order = jax.jit(data.epoch_order, static_argnums=2)
+    run_key = jnp.array(jax.random.key_data(state.key))  # the state's own buffers are donated
+
+    @functools.lru_cache(maxsize=1)
+    def resident(epoch: int) -> Resident:
+        key = jax.random.wrap_key_data(run_key)
+        return Resident(*images, replicate(order(key, epoch, len(dataset.train_labels)), devices))
+
+    def score(images, labels):
+        return make_evaluate(config, dataset, net, devices, images, labels)
+
+    held_out = len(dataset.validation_labels) > 0
+    record = {"config": config.to_dict()}
+    header = log.header(config.to_dict())
+    with log.open_log(workdir, header, int(state.step)) as writer:
+        parts = Parts(
+            config=config,
+            method=rule,
+            net=net,
+            steps=make_steps(config, dataset, net, tx, rule, devices),
+            evaluate=score(dataset.test_images, dataset.test_labels),
+            validate=score(dataset.validation_images, dataset.validation_labels)
+            if held_out
+            else None,
+            resident=resident,
+            rate=rate,
+            per_epoch=per_epoch,
+            on_cpu=devices[0].platform == "cpu",
+            save=lambda state: checkpoint.save(manager, state, record),
+            writer=writer,
+        )
+        try:
+            loop(parts, state)
+        except FloatingPointError as error:
+            newest = manager.latest_step()
+            kept = "no checkpoint was saved" if newest is None else f"the last good one is {newest}"
+            raise Stopped(f"{error}; {kept} (a lower learning_rate may help).") from error
+    log.plot(workdir)
+
+
+def loop(run: Parts, state: SparseState) -> None:
+    """From `state` to the end of the run, or to SIGTERM or SIGINT, after which it is saved too."""
+    step, budget, previous = int(state.step), 1, None
+    clock = Clock(time.monotonic(), step)
+    shown = {"sparsity": sparsity_of(state.masks)}
+    done = finished(run, state)
+    with stop_signals() as stop, log.progress(run.total, step) as bar:
+        while not (done or stop):
+            # ---- Update, up to the next event
+            n = min(until_event(run, step), budget)
+            begin = time.monotonic()
+            state, metrics = run.steps.update(state, run.resident(step // run.per_epoch), n)
+            # A CPU step is read while the next one runs, unless something follows right now.
+            step += n
+            event = until_event(run, step - 1) == 1 or bool(stop)
+            shown |= check(previous, step - n)
+            previous = metrics if run.on_cpu and not event else None
+            if previous is None:
+                shown |= check(metrics, step)
+            if not run.on_cpu and time.monotonic() - begin < SECONDS_PER_DISPATCH / 2:
+                budget *= 2
+            bar.show(step, **shown)
+
+            # ---- End of an epoch
+            if step % run.per_epoch == 0:
+                state, done = end_epoch(run, state, step, clock)
+                clock = Clock(time.monotonic(), step)
+
+            # ---- Rewire: before the update of this step, on its batch
+            if not done and due(run.method, step):
+                state = rewire(run, state, step)
+
+            # ---- Save
+            if done or stop or step % run.config.checkpoint_every == 0:
+                run.save(state)
+    if done:
+        end(run, state, step)
+    else:
+        log.say(f"Stopped at step {step} and saved; the same command resumes.")
+
+
+class Clock(NamedTuple):
+    """When an epoch's part in this process began."""
+
+    time: float
+    step: int
+
+
+def until_event(run: Parts, step: int) -> int:
+    """Steps until the next end of an epoch, rewire or checkpoint."""
+    periods = [run.per_epoch, run.config.checkpoint_every]
+    if run.method.grows:
+        periods.append(run.method.every)
+    return min(period - step % period for period in periods)
+
+
+def check(metrics: dict[str, Array] | None, step: int) -> dict[str, float]:
+    """The metrics of the update that led to `step` as numbers. Errors: FloatingPointError."""
+    if metrics is None:
+        return {}
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not values.pop("finite"):
+        raise FloatingPointError(
+            f"the loss or a gradient is NaN or infinite by step {step} (loss {values['loss']:.4g})"
+        )
+    return values
+
+
+def end_epoch(run: Parts, state: SparseState, step: int, clock: Clock):
+    """Log the epoch, evaluate, remember the best loss: (state, whether the run is over)."""
+    config, epoch, seen = run.config, step // run.per_epoch, state.progress
+    seconds = time.monotonic() - clock.time
+    loss = float(seen.loss_sum) / int(seen.count)
+    sparsity = sparsity_of(state.masks)
+    run.writer.write(
+        "train",
+        step,
+        epoch=epoch,
+        loss=loss,
+        accuracy=float(seen.correct_sum) / int(seen.count),
+        learning_rate=float(run.rate(step - 1)),
+        sparsity=sparsity,
+        images_per_second=(step - clock.step) * config.batch_size / seconds,
+        seconds=seconds,
+    )
+    extra = {}
+    if run.validate is not None:
+        held_out = run.validate(state)
+        loss = held_out["loss"]
+        extra = {f"validation_{name}": value for name, value in held_out.items()}
+    if epoch % config.eval_every == 0 or step == run.total or extra:
+        test = {f"test_{name}": value for name, value in run.evaluate(state).items()}
+        run.writer.write("eval", step, epoch=epoch, **test, **extra, sparsity=sparsity)
+    better = loss < float(seen.best_loss)
+    fresh = fresh_progress().replace(
+        best_loss=jnp.float32(loss) if better else seen.best_loss,
+        stale_epochs=jnp.int32(0) if better else seen.stale_epochs + 1,
+    )
+    state = state.replace(progress=jax.device_put(fresh, seen.loss_sum.sharding))
+    return state, finished(run, state)
+
+
+def finished(run: Parts, state: SparseState) -> bool:
+    """Whether all epochs are done or the loss has not improved for `patience` of them."""
+    patience = run.config.patience
+    stale = patience > 0 and int(state.progress.stale_epochs) >= patience
+    return stale or int(state.step) >= run.total
+
+
+def rewire(run: Parts, state: SparseState, step: int) -> SparseState:
+    """One rewire, reported. Errors: FloatingPointError for a NaN score or weight."""
+    begin = time.monotonic()
+    state, report = run.steps.rewire(state, run.resident(step // run.per_epoch))
+    report = jax.tree.map(lambda a: a.item(), jax.device_get(report))
+    if not report.pop("finite"):
+        raise FloatingPointError(f"a score or weight is NaN or infinite in the rewire of step {step}")
+    run.writer.write("rewire", step, **report, seconds=time.monotonic() - begin)
+    return state
+
+
+def end(run: Parts, state: SparseState, step: int) -> None:
+    """The last line of the log."""
+    test = {f"test_{name}": value for name, value in run.evaluate(state).items()}
+    active = {path: int(np.count_nonzero(mask)) for path, mask in state.masks.items()}
+    early = step < run.total
+    run.writer.write(
+        "end",
+        step,
+        epoch=step // run.per_epoch,
+        **test,
+        sparsity=sparsity_of(state.masks),
+        active=active,
+        possible={path: layer.size for path, layer in run.net.layers.items()},
+        reason=f"no better loss for {run.config.patience} epochs" if early else "all epochs done",
+    )
+    log.say(f"Test accuracy {test['test_accuracy']:.4f} at sparsity {sparsity_of(state.masks):.4f}.")
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM or SIGINT makes non-empty: the loop saves and ends. A second one kills."""
+    caught: list[int] = []
+    before = {}
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,152 @@
+"""The training step of a masked network; the only place that says pmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dst.config import ConfigError
+from dst.moments import recognise, reset_inactive
+from dst.network import Network
+from dst.state import SparseState, kernels_of, with_kernels
+
+Array = jax.Array
+AXIS = "devices"
+
+# loss(apply, batch) -> (mean loss, {metric: scalar}); apply(*inputs) runs the model in train mode.
+Loss = Callable[[Callable[..., Any], Any], tuple[Array, Mapping[str, Array]]]
+
+# Every use of randomness in a step folds its own constant into fold_in(key, step).
+DROPOUT_STREAM, REWIRE_STREAM, BATCH_STREAM = 0, 1, 2
+
+
+def stream(state: SparseState, purpose: int) -> Array:
+    """The step's random key for one purpose: fold_in(fold_in(key, step), purpose)."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), purpose)
+
+
+def parallel(f: Callable, in_axes: Any, devices: list | None = None, donate: tuple[int, ...] = ()):
+    """`f` on every device: arguments split where `in_axes` is 0, replicated where it is None.
+
+    What `f` returns must be equal on all devices (averaged inside with pmean or psum): the state
+    has no device axis, and is the same pytree on 1 and on N devices.
+    """
+    return jax.pmap(
+        f, axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices, donate_argnums=donate
+    )
+
+
+def replicate(tree: Any, devices: list | None = None) -> Any:
+    """`tree` on every device, laid out as `parallel` returns it (so nothing compiles twice)."""
+    mesh = Mesh(np.asarray(devices or jax.local_devices()), (AXIS,))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def split_batch(batch: Any, devices: list | None = None) -> Any:
+    """Leaves (B, ...) -> (D, B / D, ...). Errors: B not divisible by the D devices."""
+    count = len(devices or jax.local_devices())
+
+    def split(leaf):
+        if leaf.shape[0] % count:
+            raise ConfigError(
+                f"batch_size is {leaf.shape[0]}; allowed are multiples of the {count} devices."
+            )
+        return jnp.reshape(leaf, (count, leaf.shape[0] // count, *leaf.shape[1:]))
+
+    return jax.tree.map(split, batch)
+
+
+@struct.dataclass
+class _Run:
+    loss: Array
+    metrics: Mapping[str, Array]
+    collections: Any
+
+
+def run_loss(
+    net: Network, loss: Loss, params: Any, state: SparseState, batch: Any, extra: Mapping = {}
+) -> tuple[Array, _Run]:
+    """The loss on one batch, in train mode. Nothing of `state` changes; new statistics come back."""
+    updated: dict[str, Any] = {}
+    rngs = {"dropout": jax.random.fold_in(stream(state, DROPOUT_STREAM), jax.lax.axis_index(AXIS))}
+
+    def apply(*args, **kwargs):
+        variables = {"params": params, **state.batch_stats, **updated, **extra}
+        outputs, new = net.model.apply(
+            variables, *args, rngs=rngs, mutable=list(state.batch_stats), **kwargs
+        )
+        updated.update(new)
+        return outputs
+
+    value, metrics = loss(apply, batch)
+    value = value.astype(jnp.float32)
+    return value, _Run(value, metrics, {**state.batch_stats, **updated})
+
+
+def mask_kernels(params: Any, masks: Mapping[str, Array]) -> Any:
+    """`params` with exact zeros off the masks; a NaN stays one, so that it is noticed."""
+    kernels = kernels_of(params, masks)
+    return with_kernels(params, {p: jnp.where(masks[p], k, 0) for p, k in kernels.items()})
+
+
+def all_finite(tree: Any) -> Array:
+    """Whether every float of the tree is finite: bool scalar."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> Callable:
+    """One step on one device's share of the batch: (state, batch) -> (state, metrics)."""
+
+    def body(state: SparseState, batch: Any) -> tuple[SparseState, dict[str, Array]]:
+        owners = recognise(state.opt_state, state.params, state.masks)
+        objective = lambda params: run_loss(net, loss, params, state, batch)  # noqa: E731
+        gradients, run = jax.grad(objective, has_aux=True)(state.params)
+        gradients, run = jax.lax.pmean((gradients, run), AXIS)
+        finite = all_finite((run.loss, gradients))
+        gradients = mask_kernels(gradients, state.masks)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        params = mask_kernels(optax.apply_updates(state.params, updates), state.masks)
+        opt_state = reset_inactive(opt_state, tx.init(params), owners, state.masks)
+        seen = state.progress
+        progress = seen.replace(
+            loss_sum=seen.loss_sum + run.loss,
+            correct_sum=seen.correct_sum + run.metrics.get("accuracy", jnp.float32(0)),
+            count=seen.count + 1,
+        )
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=run.collections,
+            opt_state=opt_state,
+            progress=progress,
+        )
+        return state, {"loss": run.loss, **run.metrics, "finite": finite}
+
+    return body
+
+
+def make_update(
+    net: Network,
+    tx: optax.GradientTransformation,
+    loss: Loss,
+    *,
+    devices: list | None = None,
+) -> Callable[[SparseState, Any], tuple[SparseState, dict[str, Array]]]:
+    """The jitted update step: (state, batch) -> (state, metrics), on all `devices`.
+
+    `batch` is any pytree of arrays (B, ...), split over the devices; B must be divisible by them.
+    Weights, gradients and moments of inactive connections are exactly 0 before and after.
+    """
+    step = parallel(update_body(net, tx, loss), (None, 0), devices)
+
+    def update(state: SparseState, batch: Any):
+        return step(state, split_batch(batch, devices))
+
+    return update
