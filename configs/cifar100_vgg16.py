@@ -1,4 +1,4 @@
-"""VGG-16 (narrowed by 4) on CIFAR-100 at 98 % sparsity, with the settings of the paper (section 4.1).
+"""VGG-16 (narrowed by 4) on CIFAR-100 at 98 % sparsity, with the paper's settings (section 4.1).
 
     python -m dst.cifar cifar100        (once; needs internet)
     python -m dst.main --config=configs/cifar100_vgg16.py

@@ -1,4 +1,4 @@
-"""ResNet-56 on CIFAR-10 at 98 % sparsity, with the settings of the paper (section 4.1).
+"""ResNet-56 on CIFAR-10 at 98 % sparsity, with the paper's settings (section 4.1).
 
     python -m dst.cifar cifar10        (once; needs internet)
     python -m dst.main --config=configs/cifar10_resnet56.py

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -175,7 +175,7 @@ def _read_leaves(
         except MemoryError:
             raise
         except Exception:  # whatever Orbax makes of damaged files
-            time.sleep(0.5)  # reads still under way report on stderr that their loop is closed
+            time.sleep(0.5)  # until the reads still under way have complained, see _quiet
             return None
 
 
@@ -217,11 +217,13 @@ def _rebuild(like: Any, leaves: Leaves) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # Orbax tells pages about damaged files, by logging and by tracebacks; one sentence is enough.
-    before = logging.root.manager.disable
+    # Orbax tells pages about damaged files, by logging and by tracebacks of the reads that were
+    # still under way; one sentence is enough.
+    level, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
-        logging.disable(before)
+        sys.unraisablehook = hook
+        logging.disable(level)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 import runpy
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,6 @@ TRAIN_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
 
 class ConfigError(ValueError):
     """A mistake of the user's, told in one sentence that says what is allowed; exit code 2."""
-
-
-class Stopped(RuntimeError):
-    """A run that cannot go on (a loss that is NaN), told in one sentence; exit code 1."""
 
 
 def default() -> ConfigDict:
@@ -125,7 +121,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_size": _integer(1),
     "learning_rate": _number(lambda v: v > 0, "> 0"),
     "lr_drop_epochs": _ints(
-        lambda v: all(a < b for a, b in zip(v, v[1:], strict=False)),
+        lambda v: all(a < b for a, b in pairwise(v)),
         "a tuple of increasing integers >= 1",
     ),
     "lr_drop_factor": _number(lambda v: 0 < v <= 1, "in (0, 1]"),
@@ -142,7 +138,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def load(path: str | None) -> ConfigDict:
-    """What `get_config()` of the Python file returns; every mistake in it is a `ConfigError`."""
+    """The valid config that the Python file's `get_config()` returns, or `ConfigError`."""
     if not path or not Path(path).is_file():
         found = f"there is no file {path!r}" if path else "it is missing"
         raise ConfigError(f"--config must name a file such as configs/digits_mlp.py; {found}.")
@@ -150,10 +146,14 @@ def load(path: str | None) -> ConfigDict:
         get_config = runpy.run_path(path).get("get_config")
         config = get_config() if callable(get_config) else None
     except Exception as error:  # a file can go wrong in any way; the last line says how
-        lines = re.split(r"\n|\\n", str(error).strip("\"'\n"))
+        inner: Any = error
+        if error.args and isinstance(error.args[0], KeyError):
+            inner = error.args[0].args[0]  # ConfigDict's own sentence, which str(error) would quote
+        lines = str(inner).strip().splitlines() or [""]
         raise ConfigError(f"{path}: {type(error).__name__}: {lines[-1]}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path} must have a get_config() that returns a dst.config.default().")
+    validate(config)
     return config
 
 
@@ -207,7 +207,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def check_devices(config: ConfigDict, available: int) -> int:
-    """The number of devices to use of those `available`; `ConfigError` if the batch does not split."""
+    """How many of the `available` devices to use; `ConfigError` if the batch does not split."""
     count = config.devices or available
     if count > available:
         raise ConfigError(f"devices must be at most {available}, all there are, not {count}.")

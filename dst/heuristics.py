@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dst.config import ConfigError
@@ -51,6 +52,12 @@ def synflow(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]
     be switched on inside a float32 program. Errors: a network whose flow is not finite or not
     positively homogeneous in its weights.
     """
+    for leaf in jax.tree.leaves(net.args):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ConfigError(
+                f"heuristic is 'synflow', but the model takes {leaf.dtype} inputs, which cannot carry "
+                "a flow; use 'grabo' or 'uniform'."
+            )
     measure = jax.jit(lambda variables: synaptic_flow(net, variables))
 
     def flow(state: SparseState, batch: Any) -> Marginals:
@@ -75,47 +82,51 @@ def synaptic_flow(net: Network, variables: Mapping[str, Any]) -> tuple[Array, Ar
 
     The twin has |w| for w, no biases, and |scale| / sqrt(var + eps) for batch normalisation.
     """
-    wide = lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.inexact) else a  # noqa: E731
-    variables = jax.tree.map(wide, variables)
+    variables = {**variables, "params": _linear(variables["params"])}
 
     def total(extra: Mapping[str, Any], value: float) -> Array:
-        ones = [jnp.full((1, *a.shape[1:]), value, jnp.float64) for a in net.args]
-        with nn.intercept_methods(_twin(net)):
+        ones = jax.tree.map(lambda a: jnp.full((1, *a.shape[1:]), value, jnp.float64), net.args)
+        with nn.intercept_methods(_twin):
             y = net.model.apply({**variables, **extra}, *ones, **net.kwargs, mutable=True)[0]
         return jnp.sum(y)
 
     R, double = total({}, 1.0), total({}, 2.0)
-    # The scale of R cancels in f and g; dividing by it keeps the cotangents in range.
-    fg = marginals(net.layers, lambda extra: total(extra, 1.0) / R, jnp.float64)
+    # The scale of R cancels in f and g; dividing by it keeps the cotangents in range. R is 0 if a
+    # layer has collapsed; then f x g finds the connections that would mend it.
+    scale = jnp.where(R == 0, 1.0, R)
+    fg = marginals(net.layers, lambda extra: total(extra, 1.0) / scale, jnp.float64)
     unit = lambda v: (v / jnp.maximum(v.sum(), jnp.finfo(v.dtype).tiny)).astype(jnp.float32)  # noqa: E731
     return R, double, {path: (unit(f), unit(g)) for path, (f, g) in fg.items()}
 
 
-def _twin(net: Network) -> Callable:
-    """Interceptor: Dense, Conv, BatchNorm and Dropout as in the linear twin, in float64."""
+def _linear(params: Any) -> Any:
+    """|w| for every parameter, in float64, and 0 for biases."""
 
-    def interceptor(next_fun, args, kwargs, context):
-        module = context.module
-        if context.method_name != "__call__":
-            return next_fun(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()), None)
+    def magnitude(path, leaf):
+        return jnp.abs(leaf).astype(jnp.float64) * (path[-1].key != "bias")
+
+    return jax.tree_util.tree_map_with_path(magnitude, params)
+
+
+def _twin(next_fun, args, kwargs, context):
+    """Interceptor: Dense, Conv, BatchNorm and Dropout as in the linear twin, in float64."""
+    module = context.module
+    x = args[0] if args else kwargs.get("inputs", kwargs.get("x"))
+    if context.method_name == "__call__":
         if isinstance(module, nn.Dropout):
             return x
         if isinstance(module, nn.BatchNorm):
-            return x * _norm_factor(module)
+            return _normalise(module, x)
         if is_layer(module) and obstacle(module) is None:
-            return _flow_through(module, x)
-        return next_fun(*args, **kwargs)
-
-    return interceptor
-
-
-def _norm_factor(norm: nn.BatchNorm) -> Array:
-    variance = norm.get_variable("batch_stats", "var")
-    scale = jnp.abs(norm.get_variable("params", "scale")) if norm.use_scale else 1.0
-    return scale / jnp.sqrt(variance + norm.epsilon)
+            kernel = module.get_variable("params", "kernel")
+            dense = isinstance(module, nn.Dense)
+            return x @ kernel if dense else describe(module, x).convolve(x, kernel)
+    return next_fun(*args, **kwargs)
 
 
-def _flow_through(module: nn.Dense | nn.Conv, x: Array) -> Array:
-    kernel = jnp.abs(module.get_variable("params", "kernel"))
-    return x @ kernel if isinstance(module, nn.Dense) else describe(module, x).convolve(x, kernel)
+def _normalise(norm: nn.BatchNorm, x: Array) -> Array:
+    """x |scale| / sqrt(var + eps): batch normalisation without mean and bias."""
+    scale = norm.get_variable("params", "scale") if norm.use_scale else 1.0
+    factor = scale / jnp.sqrt(norm.get_variable("batch_stats", "var") + norm.epsilon)
+    axes = {axis % x.ndim for axis in np.atleast_1d(norm.axis)}
+    return x * jnp.expand_dims(factor, [axis for axis in range(x.ndim) if axis not in axes])

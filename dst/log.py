@@ -30,7 +30,7 @@ from tqdm import tqdm
 from dst.checkpoint import first_difference
 from dst.config import ConfigError
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "dst")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "dst-jax")
 _COLORS = ("#1f5fa8", "#d9772b")
 
 
@@ -81,10 +81,11 @@ def open_log(workdir: str | os.PathLike, header: Mapping[str, Any], step: int) -
     first = lines[0] if old is not None else _dumps(_plain(header))
     _replace(path, "".join(f"{line}\n" for line in [first, *kept]).encode())
     purge = step + 1 if lines else None  # TensorBoard hides what an earlier run wrote from there on
-    with (
-        open(path, "a") as file,
-        SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge) as tensorboard,
-    ):
+    # The suffix, for tensorboardX names files by the second and overwrites those of the same.
+    writer = SummaryWriter(
+        str(path.parent / "tensorboard"), purge_step=purge, filename_suffix=f".{step}"
+    )
+    with open(path, "a", encoding="utf-8") as file, writer as tensorboard:
         yield Log(file, tensorboard)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dst.config import ConfigError, Stopped, check_field, check_name, load, resolve, validate
+from dst.config import ConfigError, check_field, check_name, load, resolve, validate
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
@@ -58,13 +58,21 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         config, workdir = parse(argv)
-        from dst.train import train  # its imports take seconds: not before the flags are right
+        from dst.train import Stopped, train  # takes seconds: not before the flags are right
 
-        train(config, workdir)
-    except (ConfigError, Stopped) as error:
-        print(f"dst: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        try:
+            train(config, workdir)
+        except Stopped as error:
+            return complain(error, 1)
+    except ConfigError as error:
+        return complain(error, 2)
     return 0
+
+
+def complain(error: Exception, code: int) -> int:
+    """Prints the sentence; returns the exit code."""
+    print(f"dst: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -46,15 +46,16 @@ class Layer(NamedTuple):
         return tuple(lax.padtype_to_pads(spatial, extent, self.strides, self.padding))
 
     def convolve(self, h: jax.Array, kernel: jax.Array) -> jax.Array:
-        """The convolution itself: (B, H, W, n_in), (kx, ky, n_in, n_out) -> (B, H', W', n_out)."""
-        return lax.conv_general_dilated(
-            h,
+        """The convolution: (..., H, W, n_in), (kx, ky, n_in, n_out) -> (..., H', W', n_out)."""
+        y = lax.conv_general_dilated(
+            h.reshape(-1, *h.shape[-3:]),
             kernel,
             self.strides,
-            self.pads(h.shape[1:3]),
+            self.pads(h.shape[-3:-1]),
             rhs_dilation=self.dilation,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+        return y.reshape(*h.shape[:-3], *y.shape[1:])
 
 
 class Network(NamedTuple):
@@ -93,8 +94,6 @@ def obstacle(module: Any) -> str | None:
     base: Any = nn.Dense if isinstance(module, nn.Dense) else nn.Conv
     if type(module).__call__ is not base.__call__:
         return f"{type(module).__name__} overrides __call__"
-    if any(isinstance(p, nn.WeightNorm | nn.SpectralNorm) for p in _ancestors(module)):
-        return "its kernel is reparameterised by a norm"
     if base is nn.Dense:
         custom = module.dot_general is not None or module.dot_general_cls is not None
         return "a custom dot_general" if custom else None
@@ -112,12 +111,6 @@ def obstacle(module: Any) -> str | None:
     if module.conv_general_dilated is not None or module.conv_general_dilated_cls is not None:
         return "a custom conv_general_dilated"
     return None
-
-
-def _ancestors(module: nn.Module):
-    while isinstance(module, nn.Module):
-        yield module
-        module = module.parent
 
 
 def describe(module: Any, h: Any) -> Layer:
@@ -146,25 +139,40 @@ def network(
     `nn.Conv` layers are (default: all). Errors: a chosen layer that the probes do not cover.
     """
     found: dict[str, Layer] = {}
+    left_out: set[str] = set()
+    norms: list[nn.Module] = []  # the WeightNorms and SpectralNorms around the current call
 
     def discover(next_fun, arguments, keywords, context):
         module = context.module
-        if context.method_name == "__call__" and is_layer(module) and sparse(layer_path(module)):
-            if why := obstacle(module):
-                _refuse(layer_path(module), why)
-            h = arguments[0] if arguments else keywords["inputs"]
-            found[layer_path(module)] = describe(module, h)
-        return next_fun(*arguments, **keywords)
+        if context.method_name == "__call__" and is_layer(module):
+            path = layer_path(module)
+            if not sparse(path):
+                left_out.add(f"{path}/kernel")
+            elif not path:
+                _refuse(path, "it is the whole model, so put it into a module")
+            elif why := obstacle(module) or (norms and "its kernel is reparameterised by a norm"):
+                _refuse(path, why)
+            else:
+                found[path] = describe(module, arguments[0] if arguments else keywords["inputs"])
+        if not isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+            return next_fun(*arguments, **keywords)
+        norms.append(module)
+        try:
+            return next_fun(*arguments, **keywords)
+        finally:
+            norms.pop()
 
     shapes = jax.eval_shape(lambda *a: a, *args)
-    with nn.intercept_methods(discover):
+    # Without jit: a layer under nn.jit that was traced before would not be seen.
+    with nn.intercept_methods(discover), jax.disable_jit():
         variables = _abstract_init(model, shapes, kwargs)
     params = traverse_util.flatten_dict(variables.get("params", {}), sep="/")
     layers, dense = {}, {}
     for name, leaf in params.items():
         path = name.removesuffix("/kernel")
-        if path not in found and leaf.ndim >= 2:
-            dense[name] = "not chosen" if path != name else "not the kernel of nn.Dense or nn.Conv"
+        if path not in found and leaf.ndim >= 2 and not name.endswith("bias"):
+            chosen = name not in left_out
+            dense[name] = "not the kernel of nn.Dense or nn.Conv" if chosen else "not chosen"
         elif path in found and path != name:
             layers[path] = found.pop(path)
             if leaf.shape != layers[path].shape:
@@ -188,7 +196,7 @@ def _abstract_init(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
 
 
 def _check(net: Network, variables: Mapping[str, Any]) -> None:
-    """Refuse networks with nothing to make sparse, too many connections, or tied kernels."""
+    """Refuse networks with nothing to make sparse, too many connections, tied or hidden kernels."""
     if not net.layers:
         raise ConfigError("the model has no nn.Dense or nn.Conv layer that may be sparse.")
     if net.possible >= 2**31:
@@ -196,14 +204,23 @@ def _check(net: Network, variables: Mapping[str, Any]) -> None:
             f"the model has {net.possible} possible connections; masked execution allows 2^31 - 1."
         )
     params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
-    without = {k: v for k, v in params.items() if k.removesuffix("/kernel") not in net.layers}
-    rest = {**variables, "params": traverse_util.unflatten_dict(without, sep="/")}
+    without = {path: traverse_util.empty_node for path in net.layers}
+    without |= {k: v for k, v in params.items() if k.removesuffix("/kernel") not in net.layers}
+    empty = {(*path.split("/"), ""): jnp.zeros(0) for path in net.layers}
+    rest = {
+        **variables,
+        "params": traverse_util.unflatten_dict(without, sep="/"),
+        "probes": traverse_util.unflatten_dict(empty),
+    }
 
     def skip(next_fun, arguments, keywords, context):
-        layer = net.layers.get(layer_path(context.module))
+        module = context.module
+        layer = net.layers.get(layer_path(module))
         if context.method_name != "__call__" or layer is None:
             return next_fun(*arguments, **keywords)
-        return skipped(layer, context.module, arguments[0] if arguments else keywords["inputs"])
+        if not module.has_variable("probes", ""):
+            _refuse(layer.path, "nn.scan, nn.vmap or nn.RNN shares its kernel between calls")
+        return skipped(layer, module, arguments[0] if arguments else keywords["inputs"])
 
     def run(rest, *args):
         rngs = {name: jax.random.key(0) for name in ("dropout", "params")}
@@ -229,6 +246,5 @@ def skipped(layer: Layer, module: Any, h: Any) -> jax.Array:
     if layer.kind == "dense":
         return jnp.zeros((*h.shape[:-1], layer.n_out), dtype)
     kernel = jax.ShapeDtypeStruct(layer.shape, dtype)
-    flat = jax.ShapeDtypeStruct((math.prod(h.shape[:-3]), *h.shape[-3:]), dtype)
-    y = jax.eval_shape(layer.convolve, flat, kernel)
-    return jnp.zeros((*h.shape[:-3], *y.shape[1:]), dtype)
+    y = jax.eval_shape(layer.convolve, jax.ShapeDtypeStruct(h.shape, dtype), kernel)
+    return jnp.zeros(y.shape, dtype)

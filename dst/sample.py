@@ -23,6 +23,8 @@ def draw_units(key: Array, p: Array, draws: int) -> Array:
     if draws * p.size <= CATEGORICAL_ELEMENTS:
         return jax.random.categorical(key, jnp.log(p), shape=(draws,)).astype(jnp.int32)
     cumulative = jnp.cumsum(p / jnp.maximum(p.max(), jnp.finfo(p.dtype).tiny))
+    # XLA sums in a tree: rounding makes steps down, and steps at units of weight 0. Take them out.
+    cumulative = lax.cummax(jnp.where(p > 0, cumulative, 0.0))
     total = cumulative[-1]
     u = jnp.minimum(jax.random.uniform(key, (draws,)) * total, jnp.nextafter(total, 0.0))
     unit = jnp.searchsorted(cumulative, u, side="right")

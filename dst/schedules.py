@@ -1,4 +1,4 @@
-"""What changes over a run, as numbers the host knows beforehand, and the exact split over layers."""
+"""What changes over a run, known to the host beforehand, and the exact split over layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def drop_counts(active: int, initial: float, every: int, end: int) -> np.ndarray
 
 
 def largest_remainder(total: int, weights: Sequence[int], caps: Sequence[int]) -> np.ndarray:
-    """Splits `total` in proportion to `weights`, none above its cap: int64 (L,) (Hamilton's method).
+    """Splits `total` in proportion to `weights`, none above its cap: int64 (L,), Hamilton's way.
 
     The sum is exactly min(total, sum(caps)). What a full layer cannot take goes to the others in
     proportion; equal remainders are served in layer order. Weights are integers, so all is exact.

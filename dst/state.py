@@ -27,7 +27,7 @@ class Progress:
     loss_sum: Array  # float32 (), over the epoch's steps
     correct_sum: Array  # float32 (), mean accuracy over the epoch's steps
     count: Array  # int32 (), steps of this epoch
-    best_loss: Array  # float32 ()
+    best_loss: Array  # float32 (), 3e38 before the first epoch: a checkpoint holds no infinity
     stale_epochs: Array  # int32 (), epochs since best_loss
 
 
@@ -48,7 +48,7 @@ class SparseState:
 def fresh_progress() -> Progress:
     """Progress before the first epoch."""
     return Progress(
-        jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(jnp.inf), jnp.int32(0)
+        jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(3e38), jnp.int32(0)
     )
 
 

@@ -233,7 +233,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         )
         try:
             loop(parts, state)
-        except FloatingPointError as error:
+        except ArithmeticError as error:
             newest = manager.latest_step()
             kept = "no checkpoint was saved" if newest is None else f"the last good one is {newest}"
             raise Stopped(f"{error}; {kept} (a lower learning_rate may help).") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dst.config import ConfigError
+from dst.convolution import faster
 from dst.moments import recognise, reset_inactive
 from dst.network import Network
 from dst.state import SparseState, kernels_of, with_kernels
@@ -79,9 +81,10 @@ def run_loss(
 
     def apply(*args, **kwargs):
         variables = {"params": params, **state.batch_stats, **updated, **extra}
-        outputs, new = net.model.apply(
-            variables, *args, rngs=rngs, mutable=list(state.batch_stats), **kwargs
-        )
+        with nn.intercept_methods(faster):
+            outputs, new = net.model.apply(
+                variables, *args, rngs=rngs, mutable=list(state.batch_stats), **kwargs
+            )
         updated.update(new)
         return outputs
 

@@ -1,0 +1,44 @@
+# make run    the quickstart: installs into .venv, trains the digits in runs/digits_mlp
+# make test   the test suite            make lint   ruff and mypy
+# make clean  removes .venv and caches, never runs/
+
+PYTHONS := $(PYTHON) python3.12 python3.11 python3.13 python3 python
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --editable
+
+.PHONY: run test lint clean
+
+run: .venv/.run
+	$(BIN)/python -m dst.main --config=configs/digits_mlp.py
+
+test: .venv/.test
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+lint: .venv/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# A name on the PATH may be another tool's stub, and Debian's Python may lack venv: try each.
+.venv/.python:
+	@for python in $(PYTHONS); do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	  then $$python -m venv .venv && touch $@; exit; fi; \
+	done; \
+	echo 'dst: Python 3.11 or newer (with venv) is needed; name one with make PYTHON=/path/to/python.' >&2; \
+	exit 1
+
+.venv/.run: .venv/.python pyproject.toml
+	@echo 'Installing into .venv, about a minute ...'
+	@$(INSTALL) . && touch $@
+
+.venv/.test: .venv/.run
+	@echo 'Installing what the tests need ...'
+	@$(INSTALL) '.[test]' && touch $@
+
+.venv/.lint: .venv/.test
+	@echo 'Installing ruff and mypy ...'
+	@$(INSTALL) '.[lint]' && touch $@

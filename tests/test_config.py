@@ -1,0 +1,160 @@
+"""Every mistake in a config gets one sentence; every file of configs/ is valid."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from dst import config as config_lib
+from dst.config import ConfigError
+
+CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.py"))
+
+
+def changed(**fields) -> ConfigDict:
+    """The default, with values that a ConfigDict itself might refuse."""
+    return ConfigDict({**config_lib.default().to_dict(), **fields})
+
+
+BAD = {
+    "dataset": ["mnist", "", None],
+    "data_dir": [3, None],
+    "validation_size": [-1, 1.5, True],
+    "model": ["resnet56"],
+    "depth": [57, 2, 56.0, -4],
+    "width": [0, -1.0, 0.05, math.nan, math.inf, True, "1"],
+    "hidden": [(), (0,), (1.5,), (True,), 1024, ("a",), [64]],
+    "precision": ["float16"],
+    "method": ["RigL", "", None],
+    "heuristic": ["nope", 3],
+    "sparsity": [1.2, 1.0, -0.1, math.nan, math.inf, "0.9", False, None],
+    "distribution": ["ERK"],
+    "drop_fraction": [-0.1, 1.1, math.nan],
+    "rewire_every": [0, 1e3],
+    "rewire_end_epoch": [0, -1, 1.5],
+    "subset_ratio": [0.9, math.nan, math.inf],
+    "sampling_rounds": [0, True],
+    "epochs": [0, 1.0, True, math.nan],
+    "batch_size": [0, 128.0, 50_001],
+    "learning_rate": [0.0, -1.0, math.nan, math.inf],
+    "lr_drop_epochs": [(80, 80), (120, 80), (0, 3), (1.0,), 80, (True, 2)],
+    "lr_drop_factor": [0.0, 1.5, math.nan],
+    "momentum": [1.0, -0.1, math.nan],
+    "weight_decay": [-1e-4, math.nan],
+    "patience": [-1, 0.5],
+    "seed": [-1, 0.0, 2**32, True],
+    "eval_every": [0],
+    "eval_batch_size": [0],
+    "checkpoint_every": [0],
+    "checkpoints_kept": [1],
+    "devices": [-1, 1.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in BAD.items() for value in values]
+)
+def test_a_bad_value_is_told_in_one_sentence(field, value):
+    with pytest.raises(ConfigError) as caught:
+        config_lib.validate(changed(**{field: value}))
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{field} must be ")
+    assert str(value) in sentence
+    assert "\n" not in sentence and sentence.endswith(".")
+
+
+def test_every_field_has_bad_values_and_a_comment():
+    assert set(BAD) == set(config_lib.default())
+    source = Path(config_lib.__file__).read_text()
+    for field in BAD:
+        assert re.search(rf"^    config\.{field} = .*  # \S", source, re.MULTILINE), field
+
+
+GOOD = [
+    {},
+    {"sparsity": 0.0},
+    {"sparsity": 0},
+    {"epochs": 1, "rewire_end_epoch": 120},
+    {"lr_drop_epochs": ()},
+    {"hidden": (5,), "model": "mlp", "dataset": "digits"},
+    {"depth": 8},
+    {"seed": 2**32 - 1},
+    {"batch_size": 40_000, "validation_size": 10_000},
+]
+
+
+@pytest.mark.parametrize("fields", GOOD)
+def test_good_values_pass(fields):
+    config_lib.validate(changed(**fields))
+
+
+def test_mistakes_that_need_two_fields():
+    with pytest.raises(ConfigError, match=r"batch_size must be at most 127, .* not 128\."):
+        config_lib.validate(changed(validation_size=49_873))
+    with pytest.raises(ConfigError, match=r"model 'vgg' .* dataset 'digits'"):
+        config_lib.validate(changed(model="vgg", dataset="digits"))
+
+
+def test_unknown_and_missing_fields():
+    with pytest.raises(ConfigError, match='no field "sparsty"; did you mean "sparsity"'):
+        config_lib.validate(changed(sparsty=0.5))
+    partial = changed()
+    del partial.momentum
+    with pytest.raises(ConfigError, match='"momentum" is missing'):
+        config_lib.validate(partial)
+
+
+def test_dense_has_no_sparsity_and_nothing_else_changes():
+    config = config_lib.default()
+    assert config_lib.resolve(config).to_dict() == config.to_dict()
+    config.method = "dense"
+    resolved = config_lib.resolve(config)
+    assert resolved.sparsity == 0.0 and config.sparsity == 0.98 and resolved.is_locked
+    assert resolved.to_dict() == {**config.to_dict(), "sparsity": 0.0}
+
+
+def test_devices():
+    assert config_lib.check_devices(changed(), 4) == 4
+    assert config_lib.check_devices(changed(devices=2, batch_size=6), 4) == 2
+    with pytest.raises(ConfigError, match=r"devices must be at most 4, .* not 8\."):
+        config_lib.check_devices(changed(devices=8), 4)
+    with pytest.raises(ConfigError, match=r"batch_size must be divisible by .* 4, not 126 "):
+        config_lib.check_devices(changed(batch_size=126), 4)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_files_are_valid_and_say_their_command(path):
+    config = config_lib.load(str(path))
+    config_lib.validate(config)
+    # The paper lets the cosine end at the second drop of the learning rate.
+    assert config.rewire_end_epoch == config.lr_drop_epochs[1] < config.epochs
+    text = path.read_text()
+    assert f"python -m dst.main --config=configs/{path.name}" in text
+    assert text.count("Expected") >= 1 and "ime: " in text
+    if path.stem != "digits_mlp":
+        assert path.stem.startswith(f"{config.dataset}_{config.model}")
+        same = {**config_lib.default().to_dict(), "dataset": config.dataset, "model": config.model}
+        assert config.to_dict() == same
+
+
+def test_the_five_files_exist():
+    assert {path.stem for path in CONFIGS} >= {
+        "digits_mlp",
+        "cifar10_resnet56",
+        "cifar10_vgg16",
+        "cifar100_resnet56",
+        "cifar100_vgg16",
+    }
+
+
+def test_the_defaults_are_the_papers():
+    config = config_lib.default()
+    assert (config.epochs, config.batch_size, config.learning_rate) == (200, 128, 0.1)
+    assert (config.lr_drop_epochs, config.lr_drop_factor) == ((80, 120), 0.1)
+    assert (config.momentum, config.weight_decay, config.patience) == (0.9, 1e-4, 50)
+    assert (config.drop_fraction, config.rewire_every, config.subset_ratio) == (0.2, 1000, 10.0)
+    assert (config.method, config.heuristic, config.distribution) == ("gse", "grabo", "uniform")

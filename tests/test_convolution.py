@@ -1,0 +1,64 @@
+"""The CPU's own convolution equals XLA's, forwards and backwards."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dst.convolution import faster
+
+CASES = [
+    dict(kernel_size=(3, 3)),
+    dict(kernel_size=(3, 3), strides=2, padding=1),
+    dict(kernel_size=(3, 2), strides=(1, 2), padding="VALID", use_bias=False),
+    dict(kernel_size=(3, 3), kernel_dilation=2, padding=((2, 1), (0, 3))),
+    dict(kernel_size=(1, 1), strides=2),
+    dict(kernel_size=(3, 3), strides=4, padding=1),  # 2x2 pixels: the sum of dots
+    dict(kernel_size=(2, 3), strides=(5, 3), kernel_dilation=(1, 2)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_flax_in_float64(case):
+    """Output, dx, dW and db, to the rounding of float64."""
+    with jax.enable_x64(True):
+        model = nn.Conv(4, param_dtype=jnp.float64, **case)
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.normal(size=(2, 8, 7, 3)))
+        variables = model.init(jax.random.key(0), x)
+        weight = jnp.asarray(rng.normal(size=model.apply(variables, x).shape))
+
+        def run(variables, x):
+            y = model.apply(variables, x)
+            return (y * weight).sum(), y
+
+        def ours(variables, x):
+            with nn.intercept_methods(faster):
+                return run(variables, x)
+
+        grad = lambda f: jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(variables, x)  # noqa: E731
+        for got, expected in zip(jax.tree.leaves(grad(ours)), jax.tree.leaves(grad(run)), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_leaves_other_layers_alone():
+    """Grouped and 1-D convolutions run as they are."""
+    for layer, shape in ((nn.Conv(4, (3,)), (2, 8, 2)), (nn.Conv(4, (3, 3), feature_group_count=2), (2, 8, 8, 2))):
+        x = jnp.ones(shape)
+        variables = layer.init(jax.random.key(0), x)
+        with nn.intercept_methods(faster):
+            got = layer.apply(variables, x)
+        np.testing.assert_array_equal(got, layer.apply(variables, x))
+
+
+def test_bfloat16_and_extra_batch_axes():
+    """The module's dtype holds, and leading axes are flattened as in Flax."""
+    layer = nn.Conv(4, (3, 3), dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 5, 2))
+    variables = layer.init(jax.random.key(1), x)
+    with nn.intercept_methods(faster):
+        got = layer.apply(variables, x)
+    expected = layer.apply(variables, x)
+    assert got.dtype == expected.dtype == jnp.bfloat16 and got.shape == expected.shape
+    np.testing.assert_allclose(got.astype(np.float32), expected.astype(np.float32), atol=0.05)
