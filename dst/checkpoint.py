@@ -85,7 +85,8 @@ def restore(
     `record["config"]` must equal `config`. Damaged newer steps are said, skipped and deleted.
     Errors: `ConfigError` for a checkpoint of another run, `Unreadable` if every one is damaged.
     """
-    manager.reload()
+    with _quiet():
+        manager.reload()
     steps = sorted(manager.all_steps(), reverse=True)
     for i, step in enumerate(steps):
         note = _read_note(manager, step)

@@ -76,7 +76,9 @@ def _weight_gradient(layer: Layer, x: Array, delta: Array) -> Array:
         start = tap * layer.dilation[0] - top
         pad = (start, height - 1 - last - start, strides[0] - 1)
         rows.append(lax.pad(delta, jnp.zeros((), delta.dtype), [(0, 0, 0), pad, *[(0, 0, 0)] * 2]))
-    left, right = (jnp.concatenate(p, -1).reshape(-1, len(p) * p[0].shape[-1]) for p in (columns, rows))
+    left, right = (
+        jnp.concatenate(p, -1).reshape(-1, len(p) * p[0].shape[-1]) for p in (columns, rows)
+    )
     # Without the barrier XLA builds both operands anew in every tile of the dot.
     left, right = lax.optimization_barrier((left, right))
     product = lax.dot_general(left, right, (((0,), (0,)), ((), ())))

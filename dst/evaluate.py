@@ -34,9 +34,8 @@ def make_evaluate(
     def body(variables, held, start, device):
         begin = start + device * share
         x, y, w = (jax.lax.dynamic_slice_in_dim(a, begin, share) for a in held)
-        logits = net.model.apply(
-            variables, data.normalise(x, dataset.mean, dataset.std), train=False
-        )
+        x = data.normalise(x, dataset.mean, dataset.std)
+        logits: Any = net.model.apply(variables, x, train=False)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         sums = jnp.sum(w * loss), jnp.sum(w * (logits.argmax(-1) == y))
         return jax.lax.psum(sums, AXIS)

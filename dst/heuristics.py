@@ -55,8 +55,8 @@ def synflow(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]
     for leaf in jax.tree.leaves(net.args):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ConfigError(
-                f"heuristic is 'synflow', but the model takes {leaf.dtype} inputs, which cannot carry "
-                "a flow; use 'grabo' or 'uniform'."
+                f"heuristic is 'synflow', but the model takes {leaf.dtype} inputs, which cannot "
+                "carry a flow; use 'grabo' or 'uniform'."
             )
     measure = jax.jit(lambda variables: synaptic_flow(net, variables))
 

@@ -1,4 +1,4 @@
-"""Which connections exist: exact counts a layer, G(n, M) masks, and weights scaled to the fan-in."""
+"""Which connections exist: exact counts a layer, G(n, M) masks, weights scaled to the fan-in."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def layer_densities(shapes: Shapes, sparsity: float, distribution: str) -> dict[
     A layer that would exceed 1 is dense and eps is solved again for the others.
     """
     if distribution not in DISTRIBUTIONS:
-        raise ConfigError(f"distribution is {distribution!r}; allowed are {', '.join(DISTRIBUTIONS)}.")
+        raise ConfigError(
+            f"distribution is {distribution!r}; allowed are {', '.join(DISTRIBUTIONS)}."
+        )
     size = {path: math.prod(shape) for path, shape in shapes.items()}
     if distribution == "uniform":
         return dict.fromkeys(shapes, 1.0 - sparsity)

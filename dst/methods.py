@@ -24,8 +24,8 @@ class Method(NamedTuple):
     name: str
     sparsity: float  # s, of all possible connections
     distribution: str = "uniform"  # of the sparsity over the layers at the start
-    heuristic: str | None = None  # f x g that S is drawn from; None: every inactive connection
-    score: str | None = None  # "chance", "dense gradient" or "gradient"; None: never rewired
+    heuristic: str = ""  # f x g that S is drawn from; "": every inactive connection
+    score: str = ""  # "chance", "dense gradient" or "gradient"; "": never rewired
     drop_fraction: float = 0.2  # |P| / |A| at step 0; a cosine takes it to 0 at `end`
     every: int = 1000  # steps between two rewires
     end: int = 46_800  # the first step that is not rewired any more
@@ -36,7 +36,7 @@ class Method(NamedTuple):
     @property
     def grows(self) -> bool:
         """Whether connections ever move."""
-        return self.score is not None
+        return bool(self.score)
 
 
 ROWS: dict[str, dict] = {
@@ -57,7 +57,9 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
     check_field("sparsity", sparsity)
     unknown = options.keys() - Method._fields
     if unknown:
-        raise ConfigError(f"a method has no field {min(unknown)!r}; it has {', '.join(Method._fields)}.")
+        raise ConfigError(
+            f"a method has no field {min(unknown)!r}; it has {', '.join(Method._fields)}."
+        )
     for field in options.keys() & {"distribution", "drop_fraction", "subset_ratio", "heuristic"}:
         check_field(field, options[field])
     if name != "gse":

@@ -40,9 +40,9 @@ def recognise(opt_state: Any, params: Any, masks: Mapping[str, Any]) -> list[str
         owner = next((t for t in tails if owners.get(t) == leaf.shape), None)
         if owner is None and leaf.size >= smallest > 1:
             raise ConfigError(
-                f"optimizer state {'/'.join(names)!r} of shape {leaf.shape} belongs to no parameter "
-                "of that shape, so it cannot be kept sparse; use an optimizer that works coordinate "
-                "by coordinate (SGD, Adam, ...)."
+                f"optimizer state {'/'.join(names)!r} of shape {leaf.shape} belongs to no "
+                "parameter of that shape, so it cannot be kept sparse; use an optimizer that works "
+                "coordinate by coordinate (SGD, Adam, ...)."
             )
         found.append(layers.get(owner) if owner else None)
     return found

@@ -122,9 +122,7 @@ def describe(module: Any, h: Any) -> Layer:
     if not isinstance(padding, str):
         padding = tuple(_pair(p) for p in ((padding,) * 2 if isinstance(padding, int) else padding))
     shape = (*module.kernel_size, h.shape[-1], module.features)
-    return Layer(
-        path, "conv", shape, _pair(module.strides), padding, _pair(module.kernel_dilation)
-    )
+    return Layer(path, "conv", shape, _pair(module.strides), padding, _pair(module.kernel_dilation))
 
 
 def network(
@@ -133,7 +131,7 @@ def network(
     sparse: Callable[[str], bool] = lambda path: True,
     **kwargs: Any,
 ) -> Network:
-    """Find the sparse kernels of `model` from a call `model(*args, **kwargs)`, without computing it.
+    """Find the sparse kernels of `model` in `model(*args, **kwargs)`, without computing that.
 
     Args: example inputs as arrays or shapes; `sparse(path)` says which of the `nn.Dense` and
     `nn.Conv` layers are (default: all). Errors: a chosen layer that the probes do not cover.

@@ -72,7 +72,7 @@ tap_subset.defvjp(_subset_forward, _subset_backward)
 
 
 def dense_gradient_on(layer: Layer, h: Array, delta: Array, subset: Array) -> Array:
-    """sum_b h[b, i] delta[b, o] for each (i, o) in S. Shapes: (..., n_in), (..., n_out) -> (|S_l|,)."""
+    """sum_b h[b, i] delta[b, o] for each (i, o) in S. (..., n_in), (..., n_out) -> (|S_l|,)."""
     i, o = jnp.unravel_index(subset, layer.shape)
     h_t = h.reshape(-1, h.shape[-1]).T
     delta_t = delta.reshape(-1, delta.shape[-1]).T
@@ -97,7 +97,8 @@ def conv_gradient_on(layer: Layer, h: Array, delta: Array, subset: Array) -> Arr
 
     def one(position):
         kx, ky, i, o = position
-        seen = lax.dynamic_slice(channels, (i, 0, kx * dx, ky * dy), window)[0, :, ::sx, ::sy]
+        corner = (i, jnp.zeros_like(i), kx * dx, ky * dy)
+        seen = lax.dynamic_slice(channels, corner, window)[0, :, ::sx, ::sy]
         return jnp.sum(seen * errors[o], dtype=jnp.float32)
 
     return lax.map(one, (kx, ky, i, o), batch_size=_chunk(batch * out_x * out_y, subset.size))
@@ -117,7 +118,7 @@ def intercepted(layers: Mapping[str, Layer], tap: Callable[..., Array]):
         layer = layers.get(layer_path(module))
         if layer is None:
             return next_fun(*args, **kwargs)
-        h = args[0] if args else kwargs["inputs"]
+        h = jnp.asarray(args[0] if args else kwargs["inputs"])
         return tap(layer, module, h, next_fun(*args, **kwargs))
 
     return nn.intercept_methods(interceptor)
@@ -169,4 +170,3 @@ def gradient_on(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], S: M
             return loss({"probes": collection, "subset": subset})
 
     return jax.grad(probed)({path: jnp.zeros(s.size, jnp.float32) for path, s in S.items()})
-

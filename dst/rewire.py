@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from dst.config import ConfigError
 from dst.heuristics import HEURISTICS, ON_HOST
 from dst.masks import active_count, dead_units
 from dst.methods import Method
@@ -45,7 +46,7 @@ Array = jax.Array
 ByLayer = dict[str, Array]
 
 
-# ----------------------------------------------------------------------------- the whole run's plan
+# ---------------------------------------------------------------------------- the whole run's plan
 def plan(net: Network, method: Method) -> tuple[np.ndarray, np.ndarray]:
     """|P_t| (E,) and |S_{l,t}| (E, L) of every rewire event, exact integers, and a last row of 0.
 
@@ -65,12 +66,14 @@ def due(method: Method, step: int) -> bool:
     return method.grows and step in events(method.every, method.end)
 
 
-# -------------------------------------------------------------------------------- the step, Figure 1
+# ------------------------------------------------------------------------------ the step, Figure 1
 def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, loss: Loss):
     """One rewire on one device's share of the batch: (state, batch, f x g) -> (state, report)."""
+    if not method.grows:
+        raise ConfigError(f"method is {method.name!r}, whose connections never move.")
     P_t, S_t = plan(net, method)
     P_max, S_max = int(P_t[0]), S_t[0]
-    choose = everything if method.heuristic is None else subset(net, method, loss)
+    choose = subset(net, method, loss) if method.heuristic else everything
     score = SCORES[method.score](net, loss)
 
     def body(state: SparseState, batch: Any, fg: Any):
@@ -124,7 +127,7 @@ def reconnect(tx, state: SparseState, masks: ByLayer, survivors: ByLayer) -> Spa
 
 
 def report(state: SparseState, k: Array, asked: Array, valid: ByLayer, finite: Array):
-    """What a rewire did, for the log: |P| = |G|, |S| asked and realised, and each layer's counts."""
+    """What a rewire did, for the log: |P| = |G|, |S| asked and realised, each layer's counts."""
     realised = sum(v.sum(dtype=jnp.int32) for v in valid.values())
     return {
         "pruned": k,
@@ -137,7 +140,7 @@ def report(state: SparseState, k: Array, asked: Array, valid: ByLayer, finite: A
     }
 
 
-# -------------------------------------------------------------------------- where candidates come from
+# ---------------------------------------------------------------------- where candidates come from
 def everything(state: SparseState, batch, fg, asked, S_max) -> tuple[ByLayer, ByLayer]:
     """Every inactive connection: all positions, valid where the mask is not."""
     S = {path: jnp.arange(mask.size, dtype=jnp.int32) for path, mask in state.masks.items()}
@@ -158,7 +161,7 @@ def subset(net: Network, method: Method, loss: Loss) -> Callable:
         key, paths = stream(state, REWIRE_STREAM), list(net.layers)
         S, valid = {}, {}
         for group in alike.values():
-            size = int(S_max[group].max())
+            size = max(1, int(S_max[group].max()))
             draw = functools.partial(draw_subset, size=size, rounds=method.rounds)
             f, g, masks = (
                 jnp.stack([column[paths[l]] for l in group])
@@ -177,7 +180,7 @@ def _columns(fg: dict[str, tuple[Array, Array]]) -> tuple[ByLayer, ByLayer]:
     return {p: f for p, (f, _) in fg.items()}, {p: g for p, (_, g) in fg.items()}
 
 
-# --------------------------------------------------------------------------------- how they are scored
+# ----------------------------------------------------------------------------- how they are scored
 def by_chance(net: Network, loss: Loss) -> Callable[..., ByLayer]:
     """SET: a random order of all candidates."""
 
@@ -216,7 +219,7 @@ def by_gradient(net: Network, loss: Loss) -> Callable[..., ByLayer]:
 SCORES = {"chance": by_chance, "dense gradient": by_dense_gradient, "gradient": by_gradient}
 
 
-# ----------------------------------------------------------------------------- one vector of all layers
+# ------------------------------------------------------------------------ one vector of all layers
 def join(by_layer: ByLayer) -> Array:
     """All layers' entries in one vector, in layer order."""
     return jnp.concatenate([leaf.ravel() for leaf in by_layer.values()])

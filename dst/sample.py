@@ -1,4 +1,4 @@
-"""Sampling S: distinct inactive connections from the product distribution f x g, in static shapes."""
+"""Sampling S: distinct inactive connections from the product distribution f x g, static shapes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def draw_subset(
         return jnp.nonzero(~flat, size=size, fill_value=nowhere)[0].astype(jnp.int32)
 
     S = lax.cond(inactive <= asked, enumerate_all, draw)
-    valid = (S < nowhere) & (jnp.arange(size) < asked)
+    valid = (nowhere > S) & (jnp.arange(size) < asked)
     return jnp.where(valid, S, 0), valid
 
 

@@ -20,8 +20,7 @@ from dst.network import Network
 Array = jax.Array
 
 
-@struct.dataclass
-class Progress:
+class Progress(struct.PyTreeNode):
     """What the training loop must remember of the epoch and of early stopping."""
 
     loss_sum: Array  # float32 (), over the epoch's steps
@@ -31,8 +30,7 @@ class Progress:
     stale_epochs: Array  # int32 (), epochs since best_loss
 
 
-@struct.dataclass
-class SparseState:
+class SparseState(struct.PyTreeNode):
     """Immutable training state; inactive connections are exactly 0 in `params` and `opt_state`."""
 
     step: Array  # int32 ()
@@ -47,9 +45,7 @@ class SparseState:
 
 def fresh_progress() -> Progress:
     """Progress before the first epoch."""
-    return Progress(
-        jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(3e38), jnp.int32(0)
-    )
+    return Progress(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(3e38), jnp.int32(0))
 
 
 def init_state(

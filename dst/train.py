@@ -1,4 +1,4 @@
-"""The training run: build, restore, step, rewire, evaluate, save; killed at any moment, it resumes.
+"""The training run: build, restore, step, rewire, evaluate, save; killed any time, it resumes.
 
 Nothing random is remembered between steps: every number follows from (key, step), so a run that
 is killed and started again ends bit for bit as if it had not been.
@@ -23,12 +23,12 @@ from ml_collections import ConfigDict
 from dst import checkpoint, data, log, models
 from dst.config import check_devices
 from dst.evaluate import make_evaluate
-from dst.methods import Method, method
+from dst.methods import Method
 from dst.network import Network, network
-from dst.rewire import due, host_heuristic, rewire_body
-from dst.schedules import learning_rate
+from dst.rewire import due
 from dst.state import SparseState, fresh_progress, init_state, sparsity_of
-from dst.update import BATCH_STREAM, parallel, replicate, stream, update_body
+from dst.steps import Resident, Steps, make_steps, method_of, optimizer, schedule
+from dst.update import replicate
 
 Array = jax.Array
 
@@ -40,115 +40,7 @@ class Stopped(RuntimeError):
     """A run that cannot go on; the sentence says at which step and what is left of it."""
 
 
-class Resident(NamedTuple):
-    """The training set on the devices, and the order of the epoch."""
-
-    images: Array  # uint8 (N, H, W, C)
-    labels: Array  # int32 (N,)
-    order: Array  # int32 (N,)
-
-
-def classification(apply: Callable[..., Array], batch: tuple[Array, Array]):
-    """Mean cross-entropy and accuracy of a classifier: images (B, ...), labels (B,)."""
-    images, labels = batch
-    logits = apply(images, train=True)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
-
-
-def schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    """The learning rate of a step: dropped by a factor at some epochs."""
-    return learning_rate(
-        config.learning_rate, config.lr_drop_epochs, config.lr_drop_factor, steps_per_epoch
-    )
-
-
-def optimizer(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
-    """SGD with momentum as in PyTorch: v <- mu v + (g + lambda w); w <- w - lr v (Sec. 4.1)."""
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum)
-    )
-
-
-def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
-    """The row of Table 1 that the configuration names, its epochs turned into steps."""
-    return method(
-        config.method,
-        config.sparsity,
-        heuristic=config.heuristic,
-        distribution=config.distribution,
-        drop_fraction=config.drop_fraction,
-        every=config.rewire_every,
-        end=config.rewire_end_epoch * steps_per_epoch,
-        subset_ratio=config.subset_ratio,
-        rounds=config.sampling_rounds,
-    )
-
-
-# ------------------------------------------------------------------------ the two jitted functions
-class Steps(NamedTuple):
-    """What the loop calls; the state has no device axis."""
-
-    update: Callable[[SparseState, Resident, int], tuple[SparseState, dict]]
-    rewire: Callable[[SparseState, Resident], tuple[SparseState, dict]]
-
-
-def make_steps(
-    config: ConfigDict, dataset: data.Dataset, net: Network, tx, rule: Method, devices: list
-) -> Steps:
-    """`update(state, resident, n)` takes n steps in one dispatch; `rewire(state, resident)` one.
-
-    The batch is cut out of the resident data and augmented inside. On CPU n is always 1: XLA runs
-    the gradients of convolutions 30 to 40 times slower inside a loop there.
-    """
-    share = config.batch_size // len(devices)
-    augment = dataset.augment
-
-    def fetch(state: SparseState, resident: Resident, device: Array):
-        images, labels = data.batch(
-            *resident, state.step, config.batch_size, device, len(devices)
-        )
-        key = stream(state, BATCH_STREAM)
-        images = data.augment(augment, key, images, first=device * share)
-        return data.normalise(images, dataset.mean, dataset.std), labels
-
-    update_one = update_body(net, tx, classification)
-    rewire_one = rewire_body(net, tx, rule, classification) if rule.grows else None
-
-    def one_update(state, resident, device):
-        return update_one(state, fetch(state, resident, device))
-
-    def many_updates(state, resident, n, device):
-        # A while loop with a traced bound compiles once for every n, and stops at a NaN.
-        def body(carry):
-            i, state, _ = carry
-            return i + 1, *one_update(state, resident, device)
-
-        nothing = jax.eval_shape(one_update, state, resident, device)[1]
-        metrics = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
-        metrics["finite"] = jnp.bool_(True)
-        go_on = lambda carry: (carry[0] < n) & carry[2]["finite"]  # noqa: E731
-        return jax.lax.while_loop(go_on, body, (jnp.int32(0), state, metrics))[1:]
-
-    def one_rewire(state, resident, fg, device):
-        return rewire_one(state, fetch(state, resident, device), fg)
-
-    index = np.arange(len(devices))
-    rewire_all = parallel(one_rewire, (None, None, None, 0), devices, donate=(0,))
-    measure = host_heuristic(net, rule, classification)
-    if devices[0].platform == "cpu":
-        update_all = parallel(one_update, (None, None, 0), devices, donate=(0,))
-        update = lambda state, resident, n: update_all(state, resident, index)  # noqa: E731
-    else:
-        update_all = parallel(many_updates, (None, None, None, 0), devices, donate=(0,))
-        update = lambda state, resident, n: update_all(state, resident, n, index)  # noqa: E731
-    rewire = lambda state, resident: rewire_all(  # noqa: E731
-        state, resident, measure(state, None), index
-    )
-    return Steps(update, rewire)
-
-
-# --------------------------------------------------------------------------------------- the run
+# ----------------------------------------------------------------------------------------- the run
 class Parts(NamedTuple):
     """What stays the same during a run."""
 
@@ -199,14 +91,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
         log.say(f"Resuming {workdir} at step {int(state.step)}.")
 
     # ---- Run
-    images = replicate((dataset.train_images, dataset.train_labels), devices)
+    images, labels = replicate((dataset.train_images, dataset.train_labels), devices)
     order = jax.jit(data.epoch_order, static_argnums=2)
     run_key = jnp.array(jax.random.key_data(state.key))  # the state's own buffers are donated
 
     @functools.lru_cache(maxsize=1)
     def resident(epoch: int) -> Resident:
-        key = jax.random.wrap_key_data(run_key)
-        return Resident(*images, replicate(order(key, epoch, len(dataset.train_labels)), devices))
+        permutation = order(jax.random.wrap_key_data(run_key), epoch, len(labels))
+        return Resident(images, labels, replicate(permutation, devices))
 
     def score(images, labels):
         return make_evaluate(config, dataset, net, devices, images, labels)
@@ -355,7 +247,9 @@ def rewire(run: Parts, state: SparseState, step: int) -> SparseState:
     state, report = run.steps.rewire(state, run.resident(step // run.per_epoch))
     report = jax.tree.map(lambda a: a.item(), jax.device_get(report))
     if not report.pop("finite"):
-        raise FloatingPointError(f"a score or weight is NaN or infinite in the rewire of step {step}")
+        raise FloatingPointError(
+            f"a score or weight is NaN or infinite in the rewire of step {step}"
+        )
     run.writer.write("rewire", step, **report, seconds=time.monotonic() - begin)
     return state
 
@@ -375,20 +269,22 @@ def end(run: Parts, state: SparseState, step: int) -> None:
         possible={path: layer.size for path, layer in run.net.layers.items()},
         reason=f"no better loss for {run.config.patience} epochs" if early else "all epochs done",
     )
-    log.say(f"Test accuracy {test['test_accuracy']:.4f} at sparsity {sparsity_of(state.masks):.4f}.")
+    log.say(
+        f"Test accuracy {test['test_accuracy']:.4f} at sparsity {sparsity_of(state.masks):.4f}."
+    )
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM or SIGINT makes non-empty: the loop saves and ends. A second one kills."""
+    """A list that SIGTERM or SIGINT fills, for the loop to save and end; a second one kills."""
     caught: list[int] = []
-    before = {}
+    before: dict[int, Any] = {}
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
         signal.signal(number, before[number])
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in map(int, (signal.SIGTERM, signal.SIGINT)):
         before[number] = signal.signal(number, note)
     try:
         yield caught

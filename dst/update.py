@@ -65,22 +65,26 @@ def split_batch(batch: Any, devices: list | None = None) -> Any:
     return jax.tree.map(split, batch)
 
 
-@struct.dataclass
-class _Run:
+class _Run(struct.PyTreeNode):
     loss: Array
     metrics: Mapping[str, Array]
     collections: Any
 
 
 def run_loss(
-    net: Network, loss: Loss, params: Any, state: SparseState, batch: Any, extra: Mapping = {}
+    net: Network,
+    loss: Loss,
+    params: Any,
+    state: SparseState,
+    batch: Any,
+    extra: Mapping[str, Any] | None = None,
 ) -> tuple[Array, _Run]:
-    """The loss on one batch, in train mode. Nothing of `state` changes; new statistics come back."""
+    """The loss on one batch, in train mode; `state` stays, new statistics come back."""
     updated: dict[str, Any] = {}
     rngs = {"dropout": jax.random.fold_in(stream(state, DROPOUT_STREAM), jax.lax.axis_index(AXIS))}
 
     def apply(*args, **kwargs):
-        variables = {"params": params, **state.batch_stats, **updated, **extra}
+        variables = {"params": params, **state.batch_stats, **updated, **(extra or {})}
         with nn.intercept_methods(faster):
             outputs, new = net.model.apply(
                 variables, *args, rngs=rngs, mutable=list(state.batch_stats), **kwargs

@@ -38,13 +38,18 @@ def test_equals_flax_in_float64(case):
                 return run(variables, x)
 
         grad = lambda f: jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(variables, x)  # noqa: E731
-        for got, expected in zip(jax.tree.leaves(grad(ours)), jax.tree.leaves(grad(run)), strict=True):
+        for got, expected in zip(
+            jax.tree.leaves(grad(ours)), jax.tree.leaves(grad(run)), strict=True
+        ):
             np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_leaves_other_layers_alone():
     """Grouped and 1-D convolutions run as they are."""
-    for layer, shape in ((nn.Conv(4, (3,)), (2, 8, 2)), (nn.Conv(4, (3, 3), feature_group_count=2), (2, 8, 8, 2))):
+    for layer, shape in (
+        (nn.Conv(4, (3,)), (2, 8, 2)),
+        (nn.Conv(4, (3, 3), feature_group_count=2), (2, 8, 8, 2)),
+    ):
         x = jnp.ones(shape)
         variables = layer.init(jax.random.key(0), x)
         with nn.intercept_methods(faster):

@@ -1,4 +1,4 @@
-"""Laws and oracles of the rewire step: methods.md O4, P3; exact counts; what moves and what stays."""
+"""Laws and oracles of the rewire step: O4, P3; exact counts; what moves and what stays."""
 
 import chex
 import jax
@@ -33,14 +33,14 @@ def one():
     return jax.local_devices()[:1]
 
 
-# ------------------------------------------------------------------------------------------ exchange
+# ---------------------------------------------------------------------------------------- exchange
 W = np.array([0.9, -0.05, 0.4, 0, 0, 0.1, -0.7, 0.02, 0, 0], np.float32)
 GRADIENT = np.array([0.3, 9, -0.2, -3, 0.5, 0.1, 0.4, 8, 0.2, -0.1], np.float32)
 A = np.array([1, 1, 1, 0, 0, 1, 1, 1, 0, 0], bool)
 
 
 def test_exchange_is_global_and_does_not_regrow():
-    """O4: drops a2, b3, grows a4, a5. Per layer it would grow b4; with regrowth it would do nothing."""
+    """O4: drops a2, b3 and grows a4, a5; per layer b4 would grow, with regrowth nothing."""
     S = np.flatnonzero(~A)
     survivors, new = exchange(A, W, S, np.abs(GRADIENT[S]), jnp.int32(2), 3)
     assert np.flatnonzero(A & ~survivors).tolist() == [1, 7]
@@ -64,9 +64,9 @@ def test_exchange_equals_a_stable_sort(data):
     A = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     w = np.array(data.draw(st.lists(st.integers(-2, 2), min_size=n, max_size=n)), np.float32)
     S = np.flatnonzero(~A).astype(np.int32)
-    score = np.array(
-        data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)), np.float32
-    )[: len(S)]
+    score = np.array(data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)), np.float32)[
+        : len(S)
+    ]
     k = data.draw(st.integers(0, min(6, A.sum(), len(S))))
     padded = np.pad(S, (0, n - len(S)))
     scores = np.pad(score, (0, n - len(S)), constant_values=-np.inf)
@@ -75,7 +75,7 @@ def test_exchange_equals_a_stable_sort(data):
     assert new.sum() == A.sum()
 
 
-# ------------------------------------------------------------------------------------------ the plan
+# ---------------------------------------------------------------------------------------- the plan
 def test_plan_holds_the_papers_numbers():
     """98 % of ResNet-56's 848,944: 46 events, |P| = floor(p_t K), |S| = 10 |P| split by |W_l|."""
     parts = setup(sparsity=0.98, every=1000, end=46_920)
@@ -97,10 +97,10 @@ def test_due_is_every_period_until_the_end():
     assert not dst.due(dst.method("random", every=10, end=100), 10)
 
 
-# ------------------------------------------------------------------------------------ the whole step
+# ---------------------------------------------------------------------------------- the whole step
 @pytest.mark.parametrize("name", METHODS)
 def test_laws_of_a_rewire(name):
-    """K is constant; P and G are disjoint; grown weights and all moments of P and G are exactly 0."""
+    """K is constant, P and G are disjoint, grown weights and moments of P and G exactly 0."""
     parts = setup(name, heuristic="grabo") if name == "gse" else setup(name)
     update = dst.make_update(parts.net, parts.tx, loss, devices=one())
     state, _ = update(parts.state, parts.batch)
@@ -122,7 +122,9 @@ def test_laws_of_a_rewire(name):
         assert int(report["active"][path]) == new.sum()
     assert moved == 0
     K = sum(active(before).values())
-    grown = sum((np.asarray(state.masks[p]) & ~np.asarray(m)).sum() for p, m in before.masks.items())
+    grown = sum(
+        (np.asarray(state.masks[p]) & ~np.asarray(m)).sum() for p, m in before.masks.items()
+    )
     assert sum(active(state).values()) == K
     assert int(report["pruned"]) == int(report["grown"]) == grown
     assert grown == plan(parts.net, parts.method)[0][0] > 0
@@ -212,7 +214,10 @@ def test_every_annealed_fraction_is_exact_and_compiles_once():
     chex.clear_trace_counter()
     body = rewire_module.rewire_body(parts.net, parts.tx, parts.method, loss)
     counted = jax.pmap(
-        traces(lambda s, b: body(s, b, {})), axis_name="devices", in_axes=(None, 0), out_axes=None,
+        traces(lambda s, b: body(s, b, {})),
+        axis_name="devices",
+        in_axes=(None, 0),
+        out_axes=None,
         devices=one(),
     )
     state = dst.update.replicate(parts.state, one())
@@ -265,7 +270,10 @@ def test_no_dense_gradient_in_guided_exploration(monkeypatch):
 
     def walk(jaxpr):
         for equation in jaxpr.eqns:
-            if equation.primitive is lax.conv_general_dilated_p or equation.primitive.name == "dot_general":
+            if (
+                equation.primitive is lax.conv_general_dilated_p
+                or equation.primitive.name == "dot_general"
+            ):
                 produced.update(tuple(v.aval.shape) for v in equation.outvars)
             for value in equation.params.values():
                 for inner in value if isinstance(value, tuple | list) else [value]:

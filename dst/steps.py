@@ -1,0 +1,130 @@
+"""The jitted steps of a run: the configured model, optimizer and method on resident data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from dst import data
+from dst.methods import Method, method
+from dst.network import Network
+from dst.rewire import host_heuristic, rewire_body
+from dst.schedules import learning_rate
+from dst.state import SparseState
+from dst.update import BATCH_STREAM, parallel, stream, update_body
+
+Array = jax.Array
+
+
+class Resident(NamedTuple):
+    """The training set on the devices, and the order of the epoch."""
+
+    images: Array  # uint8 (N, H, W, C)
+    labels: Array  # int32 (N,)
+    order: Array  # int32 (N,)
+
+
+def classification(apply: Callable[..., Array], batch: tuple[Array, Array]):
+    """Mean cross-entropy and accuracy of a classifier: images (B, ...), labels (B,)."""
+    images, labels = batch
+    logits = apply(images, train=True)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
+
+
+def schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate of a step: dropped by a factor at some epochs."""
+    return learning_rate(
+        config.learning_rate, config.lr_drop_epochs, config.lr_drop_factor, steps_per_epoch
+    )
+
+
+def optimizer(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    """SGD with momentum as in PyTorch: v <- mu v + (g + lambda w); w <- w - lr v (Sec. 4.1)."""
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum)
+    )
+
+
+def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
+    """The row of Table 1 that the configuration names, its epochs turned into steps."""
+    return method(
+        config.method,
+        config.sparsity,
+        heuristic=config.heuristic,
+        distribution=config.distribution,
+        drop_fraction=config.drop_fraction,
+        every=config.rewire_every,
+        end=config.rewire_end_epoch * steps_per_epoch,
+        subset_ratio=config.subset_ratio,
+        rounds=config.sampling_rounds,
+    )
+
+
+# ------------------------------------------------------------------------ the two jitted functions
+class Steps(NamedTuple):
+    """What the loop calls; the state has no device axis."""
+
+    update: Callable[[SparseState, Resident, int], tuple[SparseState, dict]]
+    rewire: Callable[[SparseState, Resident], tuple[SparseState, dict]]
+
+
+def make_steps(
+    config: ConfigDict, dataset: data.Dataset, net: Network, tx, rule: Method, devices: list
+) -> Steps:
+    """`update(state, resident, n)` takes n steps in one dispatch; `rewire(state, resident)` one.
+
+    The batch is cut out of the resident data and augmented inside. On CPU n is always 1: XLA runs
+    the gradients of convolutions 30 to 40 times slower inside a loop there.
+    """
+    share = config.batch_size // len(devices)
+    augment = dataset.augment
+
+    def fetch(state: SparseState, resident: Resident, device: Array):
+        images, labels = data.batch(*resident, state.step, config.batch_size, device, len(devices))
+        key = stream(state, BATCH_STREAM)
+        images = data.augment(augment, key, images, first=device * share)
+        return data.normalise(images, dataset.mean, dataset.std), labels
+
+    update_one = update_body(net, tx, classification)
+
+    def one_update(state, resident, device):
+        return update_one(state, fetch(state, resident, device))
+
+    def many_updates(state, resident, n, device):
+        # A while loop with a traced bound compiles once for every n, and stops at a NaN.
+        def body(carry):
+            i, state, _ = carry
+            return i + 1, *one_update(state, resident, device)
+
+        nothing = jax.eval_shape(one_update, state, resident, device)[1]
+        metrics = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
+        metrics["finite"] = jnp.bool_(True)
+        go_on = lambda carry: (carry[0] < n) & carry[2]["finite"]  # noqa: E731
+        return jax.lax.while_loop(go_on, body, (jnp.int32(0), state, metrics))[1:]
+
+    index = np.arange(len(devices))
+    if devices[0].platform == "cpu":
+        update_all = parallel(one_update, (None, None, 0), devices, donate=(0,))
+        update = lambda state, resident, n: update_all(state, resident, index)  # noqa: E731
+    else:
+        update_all = parallel(many_updates, (None, None, None, 0), devices, donate=(0,))
+        update = lambda state, resident, n: update_all(state, resident, n, index)  # noqa: E731
+    if not rule.grows:
+        return Steps(update, lambda state, resident: (state, {}))  # never called
+    rewire_one = rewire_body(net, tx, rule, classification)
+
+    def one_rewire(state, resident, fg, device):
+        return rewire_one(state, fetch(state, resident, device), fg)
+
+    rewire_all = parallel(one_rewire, (None, None, None, 0), devices, donate=(0,))
+    measure = host_heuristic(net, rule, classification)
+    return Steps(
+        update, lambda state, resident: rewire_all(state, resident, measure(state, None), index)
+    )
