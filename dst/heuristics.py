@@ -63,15 +63,20 @@ def synflow(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]
     def flow(state: SparseState, batch: Any) -> Marginals:
         with jax.enable_x64(True):
             R, R_of_double, fg = measure({"params": state.params, **state.batch_stats})
-            if not abs(float(R_of_double) - 2 * float(R)) <= 1e-6 * abs(float(R)):
+            if not abs(float(R_of_double) - 2 * float(R)) <= 1e-6 * abs(float(R)) + NOTHING:
                 raise ConfigError(
-                    "heuristic is 'synflow', but the model is not positively homogeneous (R(2x) is "
+                    "heuristic is 'synflow', but the flow is infinite or not positively homogeneous (R(2x) is "
                     f"{float(R_of_double):.6g}, R(x) is {float(R):.6g}); use 'grabo' or 'uniform'."
                 )
         return fg
 
     return flow
 
+
+# The flow that every unit of SynFlow's twin has at least: the slope of ReLU at 0 is 0, and would
+# hide from g the units that nothing reaches. In float64 it is lost beside any real flow, and what
+# is below NOTHING counts as 0.
+TRACE, NOTHING = 1e-300, 1e-150
 
 HEURISTICS = {"uniform": uniform, "grabo": grabo, "synflow": synflow}
 ON_HOST = ("synflow",)
@@ -91,11 +96,11 @@ def synaptic_flow(net: Network, variables: Mapping[str, Any]) -> tuple[Array, Ar
         return jnp.sum(y)
 
     R, double = total({}, 1.0), total({}, 2.0)
-    # The scale of R cancels in f and g; dividing by it keeps the cotangents in range. R is 0 if a
-    # layer has collapsed; then f x g finds the connections that would mend it.
-    scale = jnp.where(R == 0, 1.0, R)
+    # The scale of R cancels in f and g; dividing by it keeps the cotangents in range. R is nothing
+    # if a layer has collapsed; then f x g finds the connections that would mend it.
+    scale = jnp.where(R < NOTHING, 1.0, R)
     fg = marginals(net.layers, lambda extra: total(extra, 1.0) / scale, jnp.float64)
-    unit = lambda v: (v / jnp.maximum(v.sum(), jnp.finfo(v.dtype).tiny)).astype(jnp.float32)  # noqa: E731
+    unit = lambda v: (v / jnp.maximum(v.sum(), NOTHING)).astype(jnp.float32)  # noqa: E731
     return R, double, {path: (unit(f), unit(g)) for path, (f, g) in fg.items()}
 
 
@@ -120,7 +125,8 @@ def _twin(next_fun, args, kwargs, context):
         if is_layer(module) and obstacle(module) is None:
             kernel = module.get_variable("params", "kernel")
             dense = isinstance(module, nn.Dense)
-            return x @ kernel if dense else describe(module, x).convolve(x, kernel)
+            y = x @ kernel if dense else describe(module, x).convolve(x, kernel)
+            return y + TRACE
     return next_fun(*args, **kwargs)
 
 

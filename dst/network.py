@@ -59,7 +59,7 @@ class Layer(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A model, its sparse layers in parameter order, and how it is called."""
+    """A model, its sparse layers sorted by path, and how it is called."""
 
     model: nn.Module
     layers: dict[str, Layer]
@@ -147,7 +147,7 @@ def network(
             if not sparse(path):
                 left_out.add(f"{path}/kernel")
             elif not path:
-                _refuse(path, "it is the whole model, so put it into a module")
+                _refuse(path, "it has no path; put a model that is one layer into a module")
             elif why := obstacle(module) or (norms and "its kernel is reparameterised by a norm"):
                 _refuse(path, why)
             else:
@@ -169,15 +169,16 @@ def network(
     for name, leaf in params.items():
         path = name.removesuffix("/kernel")
         if path not in found and leaf.ndim >= 2 and not name.endswith("bias"):
-            chosen = name not in left_out
-            dense[name] = "not the kernel of nn.Dense or nn.Conv" if chosen else "not chosen"
+            foreign = "not the kernel of nn.Dense or nn.Conv"
+            dense[name] = "not chosen" if name in left_out else foreign
         elif path in found and path != name:
             layers[path] = found.pop(path)
             if leaf.shape != layers[path].shape:
                 _refuse(path, f"its kernel is stacked to {leaf.shape} by nn.scan or nn.vmap")
     for path in found:
         _refuse(path, "its kernel is not stored at its own path")
-    net = Network(model, layers, dense, shapes, kwargs)
+    # JAX gives dicts of layers back sorted by path, which is not always the parameters' order.
+    net = Network(model, dict(sorted(layers.items())), dense, shapes, kwargs)
     _check(net, variables)
     return net
 
@@ -224,17 +225,18 @@ def _check(net: Network, variables: Mapping[str, Any]) -> None:
         rngs = {name: jax.random.key(0) for name in ("dropout", "params")}
         return net.model.apply(rest, *args, **net.kwargs, rngs=rngs, mutable=True)
 
-    # A kernel that is missed although its layer does not run is read somewhere else: weight tying.
+    # init has passed, and no sparse layer runs here: who misses a kernel now, reads it elsewhere.
     try:
-        with nn.intercept_methods(skip):
+        with nn.intercept_methods(skip), jax.disable_jit():
             jax.eval_shape(run, rest, *net.args)
-    except (flax.errors.ScopeParamNotFoundError, KeyError) as error:
-        if "kernel" not in str(error):
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:
         raise ConfigError(
-            "a sparse kernel is read outside its own layer (weight tying): leave that layer dense "
-            f"with sparse=lambda path: ... ({error})."
-        ) from None
+            "a sparse kernel is read outside its own layer (weight tying), which raises "
+            f"{type(error).__name__} once it is gone; leave that layer dense with sparse=lambda "
+            "path: ..."
+        ) from error
 
 
 def skipped(layer: Layer, module: Any, h: Any) -> jax.Array:

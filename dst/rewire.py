@@ -150,6 +150,7 @@ def everything(state: SparseState, batch, fg, asked, S_max) -> tuple[ByLayer, By
 def subset(net: Network, method: Method, loss: Loss) -> Callable:
     """S: |S_l| distinct inactive connections of each layer, drawn from f x g of the heuristic."""
     measure = HEURISTICS[method.heuristic](net, loss)
+    K = active_count(net.possible, method.sparsity)
 
     # Layers of one shape are drawn by one vmapped sampler: ResNet-56 compiles 7 of them, not 57.
     alike: dict[tuple[int, ...], list[int]] = {}
@@ -162,7 +163,10 @@ def subset(net: Network, method: Method, loss: Loss) -> Callable:
         S, valid = {}, {}
         for group in alike.values():
             size = max(1, int(S_max[group].max()))
-            draw = functools.partial(draw_subset, size=size, rounds=method.rounds)
+            exhaustible = size >= net.layers[paths[group[0]]].size - K
+            draw = functools.partial(
+                draw_subset, size=size, rounds=method.rounds, exhaustible=exhaustible
+            )
             f, g, masks = (
                 jnp.stack([column[paths[l]] for l in group])
                 for column in (*_columns(fg), state.masks)

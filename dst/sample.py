@@ -13,42 +13,55 @@ Array = jax.Array
 # jax.random.categorical builds draws x n noise. 2^20 float32 (4 MiB) bound that; above, the same
 # law comes from inverting the cumulative sum.
 CATEGORICAL_ELEMENTS = 2**20
+TINY = 1e-38  # the smallest normal float32, near enough
 
 
 def draw_units(key: Array, p: Array, draws: int) -> Array:
-    """`draws` units with probabilities proportional to p >= 0. Shapes: (n,) -> int32 (draws,).
+    """`draws` units with probabilities proportional to p >= 0: (..., n) -> int32 (..., draws).
 
     Units of weight 0 are never drawn (if all are 0, what is drawn means nothing).
     """
+    shape = (*p.shape[:-1], draws)
     if draws * p.size <= CATEGORICAL_ELEMENTS:
-        return jax.random.categorical(key, jnp.log(p), shape=(draws,)).astype(jnp.int32)
-    cumulative = jnp.cumsum(p / jnp.maximum(p.max(), jnp.finfo(p.dtype).tiny))
+        logits = jnp.log(p)[..., None, :]
+        return jax.random.categorical(key, logits, shape=shape).astype(jnp.int32)
+    cumulative = jnp.cumsum(p / jnp.maximum(p.max(-1, keepdims=True), TINY), axis=-1)
     # XLA sums in a tree: rounding makes steps down, and steps at units of weight 0. Take them out.
-    cumulative = lax.cummax(jnp.where(p > 0, cumulative, 0.0))
-    total = cumulative[-1]
-    u = jnp.minimum(jax.random.uniform(key, (draws,)) * total, jnp.nextafter(total, 0.0))
-    unit = jnp.searchsorted(cumulative, u, side="right")
-    return jnp.minimum(unit, p.size - 1).astype(jnp.int32)
+    cumulative = lax.cummax(jnp.where(p > 0, cumulative, 0.0), axis=p.ndim - 1)
+    total = cumulative[..., -1:]
+    u = jnp.minimum(jax.random.uniform(key, shape) * total, jnp.nextafter(total, 0.0))
+    search = jnp.vectorize(
+        lambda c, v: jnp.searchsorted(c, v, side="right"), signature="(n),(m)->(m)"
+    )
+    return jnp.minimum(search(cumulative, u), p.shape[-1] - 1).astype(jnp.int32)
 
 
 def draw_positions(key: Array, f: Array, g: Array, shape: tuple[int, ...], draws: int) -> Array:
     """Flat kernel positions from f x g, the position in a convolution's window uniform (App. C)."""
-    key_f, key_g, key_xy = jax.random.split(key, 3)
-    i, o = draw_units(key_f, f, draws), draw_units(key_g, g, draws)
-    window = math.prod(shape[:-2])
-    xy = jax.random.randint(key_xy, (draws,), 0, window) if window > 1 else 0
-    return (xy * shape[-2] + i) * shape[-1] + o
+    marginals = [f, g] if len(shape) == 2 else [f, g, jnp.ones(math.prod(shape[:-2]), f.dtype)]
+    n = max(p.size for p in marginals)
+    # One call for all marginals: random bits are what takes long to compile.
+    p = jnp.stack([jnp.pad(p, (0, n - p.size)) for p in marginals])
+    i, o, *xy = draw_units(key, p, draws)
+    return (sum(xy) * shape[-2] + i) * shape[-1] + o
 
 
 def draw_subset(
-    key: Array, f: Array, g: Array, mask: Array, asked: Array, size: int, rounds: int
+    key: Array,
+    f: Array,
+    g: Array,
+    mask: Array,
+    asked: Array,
+    size: int,
+    rounds: int,
+    exhaustible: bool = True,
 ) -> tuple[Array, Array]:
     """S_l: at most `asked` distinct inactive positions in draw order, and which of them count.
 
     Shapes: f (n_in,), g (n_out,), mask (..., n_in, n_out) -> int32 (size,), bool (size,). Draws
     that are active or were drawn before are thrown away and drawn again, `rounds` times in all,
     which is sampling without replacement (Plackett-Luce). If `asked` reaches the number of inactive
-    connections, S_l is all of them.
+    connections, S_l is all of them; `exhaustible=False` says that it never does.
     """
     flat, nowhere = mask.ravel(), mask.size
     inactive = nowhere - flat.sum(dtype=jnp.int32)
@@ -63,10 +76,10 @@ def draw_subset(
         return lax.fori_loop(0, rounds, one_round, jnp.full(size, nowhere, jnp.int32))
 
     def enumerate_all():
-        return jnp.nonzero(~flat, size=size, fill_value=nowhere)[0].astype(jnp.int32)
+        return lax.sort(jnp.where(flat, nowhere, jnp.arange(nowhere, dtype=jnp.int32)))[:size]
 
-    S = lax.cond(inactive <= asked, enumerate_all, draw)
-    valid = (nowhere > S) & (jnp.arange(size) < asked)
+    S = lax.cond(inactive <= asked, enumerate_all, draw) if exhaustible else draw()
+    valid = (S != nowhere) & (jnp.arange(size) < asked)
     return jnp.where(valid, S, 0), valid
 
 

@@ -34,7 +34,7 @@ def sizes(shapes):
     return {path: math.prod(shape) for path, shape in shapes.items()}
 
 
-# ------------------------------------------------------------------------------- counts of a layer
+# -------------------------------------------------------------------------------- counts of a layer
 @pytest.mark.parametrize(
     ("kept", "densities"),
     [
@@ -84,7 +84,9 @@ def test_counts_sum_to_k_within_the_layers(shapes, sparsity, distribution):
     density = layer_densities(shapes, sparsity, distribution)
     for path in shapes:
         assert 0 <= counts[path] <= size[path]
-        assert counts[path] == pytest.approx(density[path] * size[path], abs=1.5 + 1e-6 * size[path])
+        assert counts[path] == pytest.approx(
+            density[path] * size[path], abs=1.5 + 1e-6 * size[path]
+        )
 
 
 def test_the_budget_is_an_exact_integer():
@@ -94,11 +96,13 @@ def test_the_budget_is_an_exact_integer():
 
 
 def test_an_unknown_distribution_is_named():
-    with pytest.raises(ConfigError, match=r"^distribution is 'erdos'; allowed are uniform, er, erk\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^distribution is 'erdos'; allowed are uniform, er, erk\.$"
+    ):
         layer_counts({"a": (2, 2)}, 0.5, "erdos")
 
 
-# ------------------------------------------------------------------------------------- G(n, M) masks
+# ------------------------------------------------------------------------------------ G(n, M) masks
 @settings(deadline=None, max_examples=60)
 @given(shape=kernels, share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
 def test_a_mask_has_exactly_m_connections(shape, share, seed):
@@ -145,7 +149,7 @@ def test_impossible_counts_are_refused(count):
         random_mask(jax.random.key(0), (2, 3), count)
 
 
-# ------------------------------------------------------------------------------- fan-in scaled weights
+# ---------------------------------------------------------------------------- fan-in scaled weights
 def test_weights_scale_with_the_fan_in_of_their_own_unit():
     mask = np.array([[1, 0, 1, 0], [1, 1, 0, 0]], bool)
     key = jax.random.key(0)

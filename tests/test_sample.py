@@ -38,13 +38,13 @@ def chi_square_p(counts, p):
     return stats.chisquare(counts, counts.sum() * (p / p.sum(dtype=np.float64))).pvalue
 
 
-# -------------------------------------------------------------------------------------- single draws
+# ------------------------------------------------------------------------------------- single draws
 def test_units_are_drawn_with_their_probabilities(branch):
     p = np.array([0.0, 0.1, 0.0, 3.0, 1.0, 0.0, 1e-3, 0.5, 0.0], np.float32)
     units = np.asarray(sample.draw_units(jax.random.key(0), jnp.asarray(p), 200_000))
     counts = np.bincount(units, minlength=9)
     assert not counts[p == 0].any()
-    assert 1e-4 < chi_square_p(counts[p > 0], p[p > 0] / p.sum())
+    assert chi_square_p(counts[p > 0], p[p > 0]) > 1e-4
 
 
 def test_units_of_a_wide_layer_are_drawn_without_an_array_of_draws_by_units():
@@ -54,9 +54,7 @@ def test_units_of_a_wide_layer_are_drawn_without_an_array_of_draws_by_units():
     draw_units = jax.jit(sample.draw_units, static_argnums=2)
     compiled = draw_units.lower(jax.random.key(0), p, draws).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * (n + draws)
-    units = np.concatenate(
-        [np.asarray(draw_units(jax.random.key(s), p, draws)) for s in range(10)]
-    )
+    units = np.concatenate([np.asarray(draw_units(jax.random.key(s), p, draws)) for s in range(10)])
     assert (p[units] > 0).all()
     groups = np.add.reduceat(np.bincount(units, minlength=n), np.arange(0, n, 1024))
     expected = np.add.reduceat(p.astype(np.float64), np.arange(0, n, 1024)) / p.sum(dtype=float)
@@ -85,7 +83,7 @@ def test_positions_of_a_convolution_are_uniform_in_the_window(branch):
     assert chi_square_p(counts[p > 0], p[p > 0]) > 1e-4
 
 
-# --------------------------------------------------------------------------------------- whole subsets
+# ------------------------------------------------------------------------------------ whole subsets
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 2**31 - 1), density=st.floats(0, 1), asked=st.integers(0, 24))
 def test_a_subset_is_distinct_inactive_and_never_larger_than_asked(seed, density, asked):
@@ -97,7 +95,7 @@ def test_a_subset_is_distinct_inactive_and_never_larger_than_asked(seed, density
     inactive = np.flatnonzero(~mask)
     assert len(set(chosen.tolist())) == len(chosen) <= asked
     assert np.isin(chosen, inactive).all()
-    assert (0 <= np.asarray(S)).all()
+    assert (np.asarray(S) >= 0).all()
     assert (np.asarray(S) < mask.size).all()
     if len(inactive) <= asked:
         np.testing.assert_array_equal(chosen, inactive)
@@ -139,7 +137,7 @@ def test_an_empty_subset_is_possible():
     assert S.shape == valid.shape == (0,)
 
 
-# --------------------------------------------------------------------------------- the law of subsets
+# ------------------------------------------------------------------------------- the law of subsets
 def inclusion(p, size):
     """P(i in S) of Plackett-Luce: `size` draws without replacement, every order summed."""
     share = np.zeros(p.size)

@@ -1,0 +1,210 @@
+"""Which kernels a model has that can be sparse, and one sentence for each that cannot."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dst.config import ConfigError
+from dst.network import network
+
+IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
+ROWS = jax.ShapeDtypeStruct((2, 5), jnp.float32)
+
+
+class Model(nn.Module):
+    """A model from a function of (module, x)."""
+
+    body: object
+
+    @nn.compact
+    def __call__(self, x):
+        return self.body(self, x)
+
+
+class Doubled(nn.Dense):
+    """A subclass that changes what the layer computes."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+class Renamed(nn.Dense):
+    """A subclass that changes nothing."""
+
+
+class Setup(nn.Module):
+    def setup(self):
+        self.inner = [nn.Dense(3), nn.Dense(4)]
+
+    def __call__(self, x):
+        for layer in self.inner:
+            x = layer(x)
+        return x
+
+
+def zoo(module, x):
+    x = nn.remat(nn.Conv)(6, (3, 2), strides=2, padding="VALID", name="remat")(x)
+    x = nn.jit(nn.Dense)(7, name="jit")(x)
+    x = nn.Sequential([nn.Dense(5), nn.relu, nn.BatchNorm(True), nn.Dense(5)], name="sequential")(x)
+    shared = nn.Dense(5, name="shared")
+    x = Renamed(5, name="renamed")(inputs=shared(shared(x)))
+    x = nn.MultiHeadDotProductAttention(1, name="attention")(x, x)
+    x = nn.ConvTranspose(3, (2, 2), name="transposed")(x)
+    x = Setup(name="setup")(x) + nn.Embed(9, 4, name="embedding")(jnp.zeros(1, int)).sum()
+    return nn.DenseGeneral(3, name="general")(x)
+
+
+def test_every_kind_of_use_is_found_and_the_rest_listed():
+    model = Model(zoo)
+    shapes = {
+        "remat": (3, 2, 4, 6),
+        "jit": (6, 7),
+        "Dense_0": (7, 5),
+        "Dense_1": (5, 5),
+        "shared": (5, 5),
+        "renamed": (5, 5),
+        "setup/inner_0": (3, 3),
+        "setup/inner_1": (3, 4),
+    }
+    dense = {f"attention/{name}/kernel" for name in ("query", "key", "value", "out")}
+    dense |= {"transposed/kernel", "general/kernel", "embedding/embedding"}
+    for _ in range(2):  # the second time with traces of the layer under nn.jit in the cache
+        net = network(model, IMAGE)
+        assert {path: layer.shape for path, layer in net.layers.items()} == shapes
+        assert {layer.kind for path, layer in net.layers.items() if path != "remat"} == {"dense"}
+        assert net.layers["remat"][3:] == ((2, 2), "VALID", (1, 1))
+        assert net.dense == dict.fromkeys(dense, "not the kernel of nn.Dense or nn.Conv")
+        assert net.possible == 144 + 42 + 35 + 3 * 25 + 9 + 12
+        jax.eval_shape(model.init, jax.random.key(0), IMAGE)
+    net = network(model, IMAGE, sparse=lambda path: path.startswith("s"))
+    assert set(net.layers) == {path for path in shapes if path.startswith("s")}
+    assert {path for path, why in net.dense.items() if why == "not chosen"} == {
+        "remat/kernel", "jit/kernel", "renamed/kernel", "Dense_0/kernel", "Dense_1/kernel"
+    }  # fmt: skip
+
+
+def test_layers_come_in_the_order_in_which_jax_returns_dicts_of_them():
+    def body(module, x):
+        return nn.Dense(2, name="a-b")(Setup(name="a")(nn.Dense(4, name="c")(x)))
+
+    layers = network(Model(body), ROWS).layers
+    assert list(layers) == list(jax.jit(lambda: dict.fromkeys(layers, 0.0))())
+
+
+def conv(**options):
+    options = {"features": 4, "kernel_size": (3, 3)} | options
+    return lambda module, x: nn.Conv(**options, name="a")(x)
+
+
+def layer(make):
+    return lambda module, x: make()(x)
+
+
+def scanned(module, x):
+    cell = nn.scan(
+        Cell, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+    )(name="a")  # fmt: skip
+    return cell(x, None)[0]
+
+
+def scanned_shared(module, x):
+    cell = nn.scan(
+        Cell, variable_broadcast="params", split_rngs={"params": False}, length=3
+    )(name="a")  # fmt: skip
+    return cell(x, None)[0]
+
+
+class Cell(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(x.shape[-1], name="inner")(x), None
+
+
+def vmapped(axis):
+    def body(module, x):
+        split = {"params": axis is not None}
+        return nn.vmap(nn.Dense, variable_axes={"params": axis}, split_rngs=split)(3, name="a")(x)
+
+    return body
+
+
+def tied(use_bias, read):
+    def body(module, x):
+        a = nn.Dense(3, use_bias=use_bias, name="a")
+        return a(x) @ read(module, a).T
+
+    return body
+
+
+def foreign(module, x):
+    kernel = module.param("kernel", nn.initializers.ones, (x.shape[-1], 3))
+    return nn.Dense(3).apply({"params": {"kernel": kernel, "bias": jnp.zeros(3)}}, x)
+
+
+REFUSED = {
+    "groups": (conv(feature_group_count=2), "'a'.*feature_group_count 2"),
+    "input dilation": (conv(input_dilation=(2, 2)), "'a'.*input_dilation"),
+    "circular": (conv(padding="CIRCULAR"), "'a'.*padding 'CIRCULAR'"),
+    "reflect": (conv(padding="REFLECT"), "'a'.*padding 'REFLECT'"),
+    "causal": (conv(kernel_size=(3,), padding="CAUSAL"), "'a'.*only 2-D"),
+    "1-d": (conv(kernel_size=3), "'a'.*only 2-D"),
+    "3-d": (conv(kernel_size=(1, 1, 1)), "'a'.*only 2-D"),
+    "mask": (conv(mask=jnp.ones((3, 3, 4, 4))), "'a'.*mask="),
+    "conv product": (conv(conv_general_dilated=jax.lax.conv_general_dilated), "'a'.*conv_general"),
+    "dense product": (
+        layer(lambda: nn.Dense(3, dot_general=jax.lax.dot_general, name="a")),
+        "'a'.*dot_general",
+    ),
+    "scan, stacked": (scanned, r"'a/inner'.*stacked to \(3, 4, 4\)"),
+    "vmap, stacked": (vmapped(0), r"'a'.*stacked to \(2, 4, 3\)"),
+    "scan, shared": (scanned_shared, "'a/inner'.*between calls"),
+    "vmap, shared": (vmapped(None), "'a'.*between calls"),
+    "rnn": (lambda m, x: nn.RNN(nn.GRUCell(3), name="a")(x[0]), "'.*/i.'.*between calls"),
+    "weight norm": (layer(lambda: nn.WeightNorm(nn.Dense(3, name="a"))), "'a'.*by a norm"),
+    "spectral norm": (
+        lambda m, x: nn.SpectralNorm(nn.Conv(3, (1, 1), name="a"))(x, update_stats=True),
+        "'a'.*by a norm",
+    ),
+    "subclass": (layer(lambda: Doubled(3, name="a")), "'a'.*Doubled overrides __call__"),
+    "tied": (tied(True, lambda m, a: m.variables["params"]["a"]["kernel"]), "tying"),
+    "tied, no bias": (
+        tied(False, lambda m, a: m.variables["params"]["a"]["kernel"]),
+        "tying",
+    ),
+    "tied, own": (tied(False, lambda m, a: a.variables["params"]["kernel"]), "tying"),
+    "tied, get": (tied(True, lambda m, a: a.get_variable("params", "kernel")), "tying"),
+    "kernel of another": (foreign, "it has no path"),
+    "nothing": (lambda m, x: nn.LayerNorm()(x), "no nn.Dense or nn.Conv"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_covered_is_refused_in_one_sentence(case):
+    body, sentence = REFUSED[case]
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        network(Model(body), IMAGE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["groups", "scan, shared", "weight norm", "tied", "subclass"])
+def test_a_refused_layer_may_stay_dense(case):
+    def body(module, x):
+        return nn.Dense(3, name="sparse")(REFUSED[case][0](module, x))
+
+    net = network(Model(body), IMAGE, sparse=lambda path: path == "sparse")
+    assert list(net.layers) == ["sparse"]
+
+
+def test_a_model_that_is_one_layer_is_refused():
+    with pytest.raises(ConfigError, match="it has no path; put a model that is one layer"):
+        network(nn.Dense(3), ROWS)
+
+
+def test_more_connections_than_int32_can_number_are_refused():
+    wide = layer(lambda: nn.Dense(2**16, name="a"))
+    with pytest.raises(ConfigError, match=f"has {2**31} possible connections"):
+        network(Model(wide), jax.ShapeDtypeStruct((2, 2**15), jnp.float32))
