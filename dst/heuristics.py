@@ -65,8 +65,9 @@ def synflow(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]
             R, R_of_double, fg = measure({"params": state.params, **state.batch_stats})
             if not abs(float(R_of_double) - 2 * float(R)) <= 1e-6 * abs(float(R)) + NOTHING:
                 raise ConfigError(
-                    "heuristic is 'synflow', but the flow is infinite or not positively homogeneous (R(2x) is "
-                    f"{float(R_of_double):.6g}, R(x) is {float(R):.6g}); use 'grabo' or 'uniform'."
+                    "heuristic is 'synflow', but the flow is infinite or not positively "
+                    f"homogeneous (R(2x) is {float(R_of_double):.6g}, R(x) is {float(R):.6g}); "
+                    "use 'grabo' or 'uniform'."
                 )
         return fg
 
@@ -96,10 +97,10 @@ def synaptic_flow(net: Network, variables: Mapping[str, Any]) -> tuple[Array, Ar
         return jnp.sum(y)
 
     R, double = total({}, 1.0), total({}, 2.0)
-    # The scale of R cancels in f and g; dividing by it keeps the cotangents in range. R is nothing
-    # if a layer has collapsed; then f x g finds the connections that would mend it.
-    scale = jnp.where(R < NOTHING, 1.0, R)
-    fg = marginals(net.layers, lambda extra: total(extra, 1.0) / scale, jnp.float64)
+    # The scale of R cancels in f and g; dividing by it keeps the cotangents in range. If a layer
+    # has collapsed, R is nothing, and f x g is where connections would mend it.
+    flow = lambda extra: total(extra, 1.0) / jnp.maximum(R, NOTHING)  # noqa: E731
+    fg = marginals(net.layers, flow, jnp.float64)
     unit = lambda v: (v / jnp.maximum(v.sum(), NOTHING)).astype(jnp.float32)  # noqa: E731
     return R, double, {path: (unit(f), unit(g)) for path, (f, g) in fg.items()}
 

@@ -203,8 +203,7 @@ def _check(net: Network, variables: Mapping[str, Any]) -> None:
             f"the model has {net.possible} possible connections; masked execution allows 2^31 - 1."
         )
     params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
-    without = {path: traverse_util.empty_node for path in net.layers}
-    without |= {k: v for k, v in params.items() if k.removesuffix("/kernel") not in net.layers}
+    without = {k: v for k, v in params.items() if k.removesuffix("/kernel") not in net.layers}
     empty = {(*path.split("/"), ""): jnp.zeros(0) for path in net.layers}
     rest = {
         **variables,

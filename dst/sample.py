@@ -13,7 +13,7 @@ Array = jax.Array
 # jax.random.categorical builds draws x n noise. 2^20 float32 (4 MiB) bound that; above, the same
 # law comes from inverting the cumulative sum.
 CATEGORICAL_ELEMENTS = 2**20
-TINY = 1e-38  # the smallest normal float32, near enough
+TINY = 1.2e-38  # above the smallest normal float32
 
 
 def draw_units(key: Array, p: Array, draws: int) -> Array:

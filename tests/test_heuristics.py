@@ -37,7 +37,7 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Conv(4, (3, 3), name="first")(x)
-        x = nn.BatchNorm(use_running_average=False, name="norm")(x)
+        x = nn.BatchNorm(use_running_average=False, epsilon=0.1, name="norm")(x)
         x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
         x = nn.Dropout(0.5, deterministic=False)(x)
         x = nn.Conv(5, (3, 2), strides=2, padding="VALID", use_bias=False, name="second")(x)
@@ -207,7 +207,7 @@ def test_synflow_through_norm_pooling_and_dropout():
     params, var = variables["params"], variables["batch_stats"]["norm"]["var"]
     with jax.enable_x64(True):
         wide = lambda a: jnp.abs(jnp.asarray(a, jnp.float64))  # noqa: E731
-        factor = wide(params["norm"]["scale"]) / jnp.sqrt(wide(var) + 1e-5)
+        factor = wide(params["norm"]["scale"]) / jnp.sqrt(wide(var) + 0.1)
         conv = lambda h, path, stride, padding: lax.conv_general_dilated(  # noqa: E731
             h, wide(params[path]["kernel"]), stride, padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),

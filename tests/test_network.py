@@ -46,9 +46,12 @@ class Setup(nn.Module):
         return x
 
 
+JitDense = nn.jit(nn.Dense)  # keeps its traces
+
+
 def zoo(module, x):
     x = nn.remat(nn.Conv)(6, (3, 2), strides=2, padding="VALID", name="remat")(x)
-    x = nn.jit(nn.Dense)(7, name="jit")(x)
+    x = JitDense(7, name="jit")(x)
     x = nn.Sequential([nn.Dense(5), nn.relu, nn.BatchNorm(True), nn.Dense(5)], name="sequential")(x)
     shared = nn.Dense(5, name="shared")
     x = Renamed(5, name="renamed")(inputs=shared(shared(x)))

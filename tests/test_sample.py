@@ -137,6 +137,21 @@ def test_an_empty_subset_is_possible():
     assert S.shape == valid.shape == (0,)
 
 
+def test_leaving_out_the_enumeration_changes_no_draw():
+    mask = jnp.arange(20).reshape(4, 5) % 3 == 0  # 13 inactive ones
+    for exhaustible in (True, False):
+        sampled = jax.jit(
+            lambda asked, e=exhaustible: sample.draw_subset(
+                jax.random.key(2), jnp.asarray(F), jnp.asarray(G), mask, asked, 12, 8, e
+            )
+        )
+        S, valid = sampled(7)
+        if exhaustible:
+            expected = S
+        np.testing.assert_array_equal(S, expected)
+        assert valid.sum() == 7
+
+
 # ------------------------------------------------------------------------------- the law of subsets
 def inclusion(p, size):
     """P(i in S) of Plackett-Luce: `size` draws without replacement, every order summed."""

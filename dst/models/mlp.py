@@ -20,4 +20,5 @@ class MLP(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for units in self.hidden:
             x = nn.relu(nn.Dense(units, dtype=self.dtype)(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+        logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

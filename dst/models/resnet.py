@@ -58,4 +58,4 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and block == 0 else 1
                 x = Block(channels, stride, self.dtype)(x, train)
         logits = nn.Dense(self.num_classes, dtype=self.dtype)(x.mean((1, 2)))
-        return logits.astype(jnp.float32)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

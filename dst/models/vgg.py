@@ -37,4 +37,5 @@ class VGG16(nn.Module):
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(round(HIDDEN * self.width), dtype=self.dtype)(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+        logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -1,0 +1,219 @@
+"""Whole runs on the digits: what is written, killed runs, signals, NaN, early stopping."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dst import checkpoint, train
+from dst import data as dst_data
+from dst.config import ConfigError, default, resolve, validate
+from dst.log import read
+
+ROOT = Path(__file__).parents[1]
+
+
+def small(**overrides):
+    """A run of 44 steps with rewires at 10, 20 and 30, a few seconds long."""
+    config = default()
+    fields = dict(
+        dataset="digits", model="mlp", hidden=(32,), epochs=4, rewire_every=10, devices=1,
+        rewire_end_epoch=3, lr_drop_epochs=(2, 3), sparsity=0.9, checkpoint_every=7, seed=3,
+    )  # fmt: skip
+    config.update({**fields, **overrides})
+    validate(config)
+    return resolve(config)
+
+
+def result(workdir, config):
+    """(digest of the last checkpoint, log without wall-clock fields)."""
+    manager = checkpoint.open_manager(workdir, config.checkpoints_kept)
+    note = checkpoint._read_note(manager, manager.latest_step())
+    _, events = read(Path(workdir) / "metrics.jsonl")
+    for event in events:
+        event.pop("seconds", None)
+        event.pop("images_per_second", None)
+    return note["sha256"], events
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The same run, never stopped."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train.train(small(), workdir)
+    return workdir, result(workdir, small())
+
+
+def test_a_run_shows_what_it_did(uninterrupted):
+    """Header, one train and eval line an epoch, every rewire with its report, the end, a plot."""
+    workdir, (_, events) = uninterrupted
+    header, _ = read(workdir / "metrics.jsonl")
+    assert header["config"]["sparsity"] == 0.9
+    assert {"jax", "flax"} <= header["versions"].keys() and header["devices"]
+    kinds = [event["event"] for event in events]
+    assert kinds.count("train") == kinds.count("eval") == 4 and kinds.count("rewire") == 3
+    possible = 64 * 32 + 32 * 10
+    K = possible - round(0.9 * possible)
+    for event in events:
+        if event["event"] == "rewire":
+            assert sum(event["active"].values()) == K
+            assert event["pruned"] == event["grown"] > 0 or event["step"] == 30
+            assert event["subset_asked"] == 10 * event["pruned"] >= event["subset_realised"]
+            assert set(event["dead_units"]) == set(event["active"])
+        if event["event"] in ("eval", "end"):
+            assert 0 < event["test_accuracy"] <= 1
+            assert event["sparsity"] == pytest.approx(1 - K / possible)
+    assert kinds[-1] == "end" and sum(events[-1]["active"].values()) == K
+    assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_a_finished_run_is_not_run_again(uninterrupted, capsys):
+    """The same command says so and leaves the same result."""
+    workdir, before = uninterrupted
+    train.train(small(), workdir)
+    assert result(workdir, small()) == before
+    assert "step 44" in capsys.readouterr().err
+
+
+KILL = """
+import os, signal, sys, threading
+sys.path.insert(0, {root!r})
+from dst import steps, train, checkpoint
+from tests.test_train import small
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+{how}
+train.train(small(), {workdir!r})
+"""
+
+HOW = {
+    # In the rewire of step 20, before it is logged; the last checkpoint is that of step 14.
+    "rewire": "go = train.rewire\n"
+    "train.rewire = lambda run, state, step: die() if step == 20 else go(run, state, step)",
+    # While Orbax writes the checkpoint of step 21.
+    "save": "go = checkpoint.save\n"
+    "def save(manager, state, record):\n"
+    "    if int(state.step) == 21: threading.Timer(0.02, die).start()\n"
+    "    go(manager, state, record)\n"
+    "checkpoint.save = save",
+    # Between two steps, after the log of epoch 2 was written and before its checkpoint.
+    "epoch": "go = train.end_epoch\n"
+    "train.end_epoch = lambda run, state, step, clock: "
+    "(go(run, state, step, clock), die()) if step == 22 else go(run, state, step, clock)",
+}
+
+
+def test_killed_runs_end_bitwise_the_same(uninterrupted, tmp_path):
+    """SIGKILL in a rewire, in a save, at an epoch's end, and then on to the end."""
+    for how in HOW.values():
+        script = KILL.format(root=str(ROOT), how=how, workdir=str(tmp_path))
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    train.train(small(), tmp_path)
+    assert result(tmp_path, small()) == uninterrupted[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_exit(uninterrupted, tmp_path, monkeypatch, number, capsys):
+    """The step is finished and saved; the same command ends as if nothing had happened."""
+    go, before = train.end_epoch, signal.getsignal(number)
+
+    def interrupt(run, state, step, clock):
+        if step == 11:
+            os.kill(os.getpid(), number)
+        return go(run, state, step, clock)
+
+    monkeypatch.setattr(train, "end_epoch", interrupt)
+    train.train(small(), tmp_path)
+    assert signal.getsignal(number) is before
+    assert "Stopped at step" in capsys.readouterr().err
+    assert result(tmp_path, small())[1][-1]["event"] != "end"
+    monkeypatch.setattr(train, "end_epoch", go)
+    train.train(small(), tmp_path)
+    assert result(tmp_path, small()) == uninterrupted[1]
+
+
+def test_damage_is_repaired_from_the_step_before(uninterrupted, tmp_path, capsys):
+    """A flipped bit in the last checkpoint: one sentence, the same result from the one before."""
+    train.train(small(), tmp_path)
+    data = max((tmp_path / "checkpoints" / "44").rglob("*"), key=lambda p: p.stat().st_size)
+    raw = bytearray(data.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    data.write_bytes(raw)
+    train.train(small(), tmp_path)
+    assert (
+        "The checkpoint of step 44 is damaged; taking that of step 42." in capsys.readouterr().err
+    )
+    assert result(tmp_path, small()) == uninterrupted[1]
+
+
+def test_another_config_is_refused(uninterrupted):
+    """The workdir of another run gives one sentence, and loses nothing."""
+    workdir, before = uninterrupted
+    with pytest.raises(ConfigError, match="sparsity"):
+        train.train(small(sparsity=0.8), workdir)
+    assert result(workdir, small()) == before
+
+
+def test_nan_stops_before_anything_is_saved(tmp_path):
+    """The sentence names the step and the last good checkpoint, which is finite."""
+    config = small(learning_rate=1e20, checkpoint_every=1, method="random")
+    with pytest.raises(
+        train.Stopped, match=r"NaN or inf.* by step \d+.*(last good one is|no checkp)"
+    ):
+        train.train(config, tmp_path)
+    manager = checkpoint.open_manager(tmp_path, 2)
+    for step in manager.all_steps():
+        arrays = ocp.args.Composite(state=ocp.args.StandardRestore())
+        leaves = jax.tree.leaves(manager.restore(step, args=arrays).state)
+        assert all(np.isfinite(leaf).all() for leaf in leaves if leaf.dtype.kind == "f")
+
+
+def test_early_stop_looks_at_the_training_or_held_out_loss(tmp_path):
+    """With patience 1 and a loss that cannot fall the run ends; the test set is never asked."""
+    config = small(learning_rate=1e-12, patience=2, epochs=30, validation_size=200, method="random")
+    train.train(config, tmp_path)
+    _, events = read(tmp_path / "metrics.jsonl")
+    assert events[-1]["reason"] == "no better loss for 2 epochs" and events[-1]["epoch"] < 30
+    held_out = [e["validation_loss"] for e in events if e["event"] == "eval"]
+    best = int(np.argmin(held_out))
+    assert len(held_out) == best + 3
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        dict(method="dense"),
+        dict(method="random"),
+        dict(method="set"),
+        dict(method="rigl"),
+        dict(heuristic="uniform"),
+        dict(heuristic="synflow", precision="bfloat16"),
+    ],
+    ids=str,
+)
+def test_every_method_learns(tmp_path, overrides):
+    """Four epochs of each row of Table 1 beat chance by far, at the sparsity asked for."""
+    config = small(hidden=(256,), lr_drop_epochs=(4,), **overrides)
+    train.train(config, tmp_path)
+    _, events = read(tmp_path / "metrics.jsonl")
+    assert events[-1]["test_accuracy"] > 0.5
+    assert events[-1]["sparsity"] == pytest.approx(config.sparsity, abs=1e-3)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["event"] == "end"
+
+
+def test_four_devices_run_the_same_job(uninterrupted, tmp_path):
+    """All four virtual devices: same batches, same connections, close losses."""
+    assert dst_data.steps_per_epoch(1437, 128) == 11
+    train.train(small(devices=4, epochs=2), tmp_path)
+    four = {e["step"]: e for e in read(tmp_path / "metrics.jsonl")[1] if e["event"] == "train"}
+    one = {e["step"]: e for e in uninterrupted[1][1] if e["event"] == "train"}
+    for step in (11, 22):
+        assert four[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-3)
