@@ -40,9 +40,14 @@ def parallel(f: Callable, in_axes: Any, devices: list | None = None, donate: tup
     What `f` returns must be equal on all devices (averaged inside with pmean or psum): the state
     has no device axis, and is the same pytree on 1 and on N devices.
     """
-    return jax.pmap(
+    mapped = jax.pmap(
         f, axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices, donate_argnums=donate
     )
+    devices = devices or jax.local_devices()
+    if devices[0].platform != "cpu" or len(devices) == 1:
+        return mapped
+    # Several calls in flight deadlock in the thread pool that virtual CPU devices share.
+    return lambda *args: jax.block_until_ready(mapped(*args))
 
 
 def replicate(tree: Any, devices: list | None = None) -> Any:

@@ -1,0 +1,31 @@
+"""The README's example is run to the letter."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_fifteen_lines_train_an_unknown_model(monkeypatch):
+    """At most fifteen lines of code; the model learns and is as sparse as they say."""
+    model, example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    names: dict = {}
+    exec(compile(model, "README model", "exec"), names)
+    exec(compile(example, "README example", "exec"), names)
+    state, net = names["state"], names["net"]
+    active = sum(int(mask.sum()) for mask in state.masks.values())
+    assert active == net.possible - round(0.95 * net.possible)
+    assert list(net.layers) == ["Conv_0", "Dense_0", "Dense_1"]
+    logits = net.model.apply({"params": jax.device_get(state.params)}, names["x"])
+    assert np.mean(np.argmax(logits, -1) == names["y"]) > 0.9
+
+
+def test_the_files_it_names_exist():
+    """Links and configurations."""
+    root = Path(__file__).parents[1]
+    for name in re.findall(r"\]\(([\w/.]+)\)|(configs/\w+\.py)", README):
+        assert (root / (name[0] or name[1])).exists(), name
