@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,6 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -62,16 +61,8 @@ def open_log(workdir: str | os.PathLike, header: Mapping[str, Any], step: int) -
     """
     path = Path(workdir) / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
+    old = refuse_another_run(workdir, header["config"])
     lines = _lines(path) if path.exists() else []
-    old = _parse(lines[0], "config") if lines else None
-    if old is not None:
-        difference = first_difference(old["config"], header["config"])
-        if difference:
-            field, was, now = difference
-            raise ConfigError(
-                f"{path} is the log of a run with {field} = {was!r}, but {field} is {now!r} now; "
-                "choose another --workdir or the same settings."
-            )
     # "end" is written after the last checkpoint, thus again by a run that restored it.
     kept = [
         line
@@ -87,6 +78,21 @@ def open_log(workdir: str | os.PathLike, header: Mapping[str, Any], step: int) -
     )
     with open(path, "a", encoding="utf-8") as file, writer as tensorboard:
         yield Log(file, tensorboard)
+
+
+def refuse_another_run(workdir: str | os.PathLike, config: Mapping[str, Any]) -> dict | None:
+    """The header of the log in `workdir`, if there is one. Errors: one of another config."""
+    path = Path(workdir) / "metrics.jsonl"
+    lines = _lines(path) if path.exists() else []
+    old = _parse(lines[0], "config") if lines else None
+    difference = first_difference(old["config"], config) if old else None
+    if difference:
+        field, was, now = difference
+        raise ConfigError(
+            f"{path} is the log of a run with {field} = {was!r}, but {field} is {now!r} now; "
+            "choose another --workdir or the same settings."
+        )
+    return old
 
 
 def read(path: str | os.PathLike) -> tuple[dict, list[dict]]:
@@ -168,6 +174,14 @@ def say(sentence: str) -> None:
 
 def plot(workdir: str | os.PathLike) -> Path:
     """`<workdir>/curves.png` from its `metrics.jsonl`: loss, accuracy, sparsity of each layer."""
+    with tempfile.TemporaryDirectory() as cache:
+        # Matplotlib would write its font cache into the home directory.
+        ours = os.environ.setdefault("MPLCONFIGDIR", cache) == cache
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        if ours:
+            del os.environ["MPLCONFIGDIR"]
     head, events = read(Path(workdir) / "metrics.jsonl")
     config = head["config"]
     figure = Figure(figsize=(12, 8.5), dpi=120, layout="constrained")

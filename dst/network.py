@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
@@ -14,6 +15,8 @@ from flax import traverse_util
 from jax import lax
 
 from dst.config import ConfigError
+
+LOGGER = logging.getLogger("dst")
 
 
 class Layer(NamedTuple):
@@ -134,10 +137,38 @@ def network(
     """Find the sparse kernels of `model` in `model(*args, **kwargs)`, without computing that.
 
     Args: example inputs as arrays or shapes; `sparse(path)` says which of the `nn.Dense` and
-    `nn.Conv` layers are (default: all). Errors: a chosen layer that the probes do not cover.
+    `nn.Conv` layers are (default: all). Errors: a chosen layer that the probes do not cover. A
+    kernel of another kind stays dense, which is logged.
     """
-    found: dict[str, Layer] = {}
-    left_out: set[str] = set()
+    shapes = jax.eval_shape(lambda *a: a, *args)
+    found, variables = _discover(model, shapes, kwargs, sparse)
+    params = traverse_util.flatten_dict(variables.get("params", {}), sep="/")
+    layers: dict[str, Layer] = {}
+    dense: dict[str, str] = {}
+    for name, leaf in params.items():
+        path = name.removesuffix("/kernel")
+        layer = found.get(path) if path != name else None
+        if layer is not None:
+            layers[path] = layer
+            if leaf.shape != layer.shape:
+                _refuse(path, f"its kernel is stacked to {leaf.shape} by nn.scan or nn.vmap")
+        elif path != name and path in found:
+            dense[name] = "not chosen"
+        elif leaf.ndim >= 2 and not name.endswith("bias"):
+            dense[name] = "not the kernel of nn.Dense or nn.Conv"
+            LOGGER.warning("%s stays dense: it is %s.", name, dense[name])
+    for path, layer in found.items():
+        if layer and path not in layers:
+            _refuse(path, "its kernel is not stored at its own path")
+    # JAX gives dicts of layers back sorted by path, which is not always the parameters' order.
+    net = Network(model, dict(sorted(layers.items())), dense, shapes, kwargs)
+    _check(net, variables)
+    return net
+
+
+def _discover(model, shapes, kwargs, sparse) -> tuple[dict[str, Layer | None], dict[str, Any]]:
+    """{path: layer, or None if `sparse` leaves it out} in call order, and the variables' shapes."""
+    found: dict[str, Layer | None] = {}
     norms: list[nn.Module] = []  # the WeightNorms and SpectralNorms around the current call
 
     def discover(next_fun, arguments, keywords, context):
@@ -145,7 +176,7 @@ def network(
         if context.method_name == "__call__" and is_layer(module):
             path = layer_path(module)
             if not sparse(path):
-                left_out.add(f"{path}/kernel")
+                found[path] = None
             elif not path:
                 _refuse(path, "it has no path; put a model that is one layer into a module")
             elif why := obstacle(module) or (norms and "its kernel is reparameterised by a norm"):
@@ -160,27 +191,9 @@ def network(
         finally:
             norms.pop()
 
-    shapes = jax.eval_shape(lambda *a: a, *args)
     # Without jit: a layer under nn.jit that was traced before would not be seen.
     with nn.intercept_methods(discover), jax.disable_jit():
-        variables = _abstract_init(model, shapes, kwargs)
-    params = traverse_util.flatten_dict(variables.get("params", {}), sep="/")
-    layers, dense = {}, {}
-    for name, leaf in params.items():
-        path = name.removesuffix("/kernel")
-        if path not in found and leaf.ndim >= 2 and not name.endswith("bias"):
-            foreign = "not the kernel of nn.Dense or nn.Conv"
-            dense[name] = "not chosen" if name in left_out else foreign
-        elif path in found and path != name:
-            layers[path] = found.pop(path)
-            if leaf.shape != layers[path].shape:
-                _refuse(path, f"its kernel is stacked to {leaf.shape} by nn.scan or nn.vmap")
-    for path in found:
-        _refuse(path, "its kernel is not stored at its own path")
-    # JAX gives dicts of layers back sorted by path, which is not always the parameters' order.
-    net = Network(model, dict(sorted(layers.items())), dense, shapes, kwargs)
-    _check(net, variables)
-    return net
+        return found, _abstract_init(model, shapes, kwargs)
 
 
 def _refuse(path: str, why: str) -> NoReturn:

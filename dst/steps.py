@@ -75,13 +75,21 @@ class Steps(NamedTuple):
     rewire: Callable[[SparseState, Resident], tuple[SparseState, dict]]
 
 
+def looped(devices: list) -> bool:
+    """Whether one dispatch takes several steps: everywhere but on CPU.
+
+    XLA's CPU backend runs the gradients of convolutions many times slower inside a loop.
+    """
+    return devices[0].platform != "cpu"
+
+
 def make_steps(
     config: ConfigDict, dataset: data.Dataset, net: Network, tx, rule: Method, devices: list
 ) -> Steps:
     """`update(state, resident, n)` takes n steps in one dispatch; `rewire(state, resident)` one.
 
-    The batch is cut out of the resident data and augmented inside. On CPU n is always 1: XLA runs
-    the gradients of convolutions 30 to 40 times slower inside a loop there.
+    The batch is cut out of the resident data and augmented inside. Where `looped` is False, n must
+    be 1.
     """
     share = config.batch_size // len(devices)
     augment = dataset.augment
@@ -110,12 +118,12 @@ def make_steps(
         return jax.lax.while_loop(go_on, body, (jnp.int32(0), state, metrics))[1:]
 
     index = np.arange(len(devices))
-    if devices[0].platform == "cpu":
-        update_all = parallel(one_update, (None, None, 0), devices, donate=(0,))
-        update = lambda state, resident, n: update_all(state, resident, index)  # noqa: E731
-    else:
+    if looped(devices):
         update_all = parallel(many_updates, (None, None, None, 0), devices, donate=(0,))
         update = lambda state, resident, n: update_all(state, resident, n, index)  # noqa: E731
+    else:
+        update_all = parallel(one_update, (None, None, 0), devices, donate=(0,))
+        update = lambda state, resident, n: update_all(state, resident, index)  # noqa: E731
     if not rule.grows:
         return Steps(update, lambda state, resident: (state, {}))  # never called
     rewire_one = rewire_body(net, tx, rule, classification)

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dst import checkpoint, data, log, models
+from dst import checkpoint, data, log, models, steps
 from dst.config import check_devices
 from dst.evaluate import make_evaluate
 from dst.methods import Method
@@ -53,7 +53,7 @@ class Parts(NamedTuple):
     resident: Callable[[int], Resident]  # of an epoch
     rate: optax.Schedule
     per_epoch: int
-    on_cpu: bool
+    looped: bool  # several steps a dispatch
     save: Callable[[SparseState], None]
     writer: log.Log
 
@@ -69,12 +69,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
     Errors: ConfigError (bad input, another run's workdir), Stopped (NaN, every checkpoint damaged).
     """
     # ---- Build
+    log.refuse_another_run(workdir, config.to_dict())
     devices = jax.local_devices()[: check_devices(config, jax.local_device_count())]
     dataset = data.load(config.dataset, config.data_dir, config.validation_size)
     example = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
     net = network(models.build(config, dataset.num_classes), example, train=False)
-    for name, why in net.dense.items():
-        log.say(f"{name} stays dense: {why}.")
     per_epoch = data.steps_per_epoch(len(dataset.train_labels), config.batch_size)
     rule, rate = method_of(config, per_epoch), schedule(config, per_epoch)
     tx = optimizer(config, rate)
@@ -119,7 +118,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             resident=resident,
             rate=rate,
             per_epoch=per_epoch,
-            on_cpu=devices[0].platform == "cpu",
+            looped=steps.looped(devices),
             save=lambda state: checkpoint.save(manager, state, record),
             writer=writer,
         )
@@ -144,14 +143,14 @@ def loop(run: Parts, state: SparseState) -> None:
             n = min(until_event(run, step), budget)
             begin = time.monotonic()
             state, metrics = run.steps.update(state, run.resident(step // run.per_epoch), n)
-            # A CPU step is read while the next one runs, unless something follows right now.
+            # A single step is read while the next one runs, unless something follows right now.
             step += n
             event = until_event(run, step - 1) == 1 or bool(stop)
             shown |= check(previous, step - n)
-            previous = metrics if run.on_cpu and not event else None
+            previous = metrics if not (run.looped or event) else None
             if previous is None:
                 shown |= check(metrics, step)
-            if not run.on_cpu and time.monotonic() - begin < SECONDS_PER_DISPATCH / 2:
+            if run.looped and time.monotonic() - begin < SECONDS_PER_DISPATCH / 2:
                 budget *= 2
             bar.show(step, **shown)
 

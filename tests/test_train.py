@@ -217,3 +217,22 @@ def test_four_devices_run_the_same_job(uninterrupted, tmp_path):
     one = {e["step"]: e for e in uninterrupted[1][1] if e["event"] == "train"}
     for step in (11, 22):
         assert four[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-3)
+
+
+def test_several_steps_a_dispatch_do_the_same(uninterrupted, tmp_path, monkeypatch):
+    """The loop of GPUs and TPUs: the same events, the same connections, close losses."""
+    monkeypatch.setattr(train.steps, "looped", lambda devices: True)
+    train.train(small(), tmp_path)
+    _, looped = result(tmp_path, small())
+    for ours, theirs in zip(looped, uninterrupted[1][1], strict=True):
+        assert (ours["event"], ours["step"]) == (theirs["event"], theirs["step"])
+        assert ours.get("active") == theirs.get("active")
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_the_loop_of_several_steps_stops_at_a_nan(tmp_path, monkeypatch):
+    """The sentence comes from within the dispatch, not at its end."""
+    monkeypatch.setattr(train.steps, "looped", lambda devices: True)
+    with pytest.raises(train.Stopped, match="NaN or inf"):
+        train.train(small(learning_rate=1e20, method="random"), tmp_path)

@@ -1,0 +1,40 @@
+"""The committed runs as a Markdown table, for the README.
+
+python experiments/summary.py [FOLDER ...]      (default: every folder of experiments/results)
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from dst.log import read
+
+RESULTS = Path(__file__).parent / "results"
+HEADER = """\
+| data set | network | method | sparsity | epochs | seed | test accuracy | log |
+| --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def row(log: Path) -> str:
+    """One run: its configuration and its last accuracy."""
+    header, events = read(log)
+    config = header["config"]
+    end = next(e for e in reversed(events) if e["event"] in ("end", "eval"))
+    method = config["method"] + (f" ({config['heuristic']})" if config["method"] == "gse" else "")
+    network = config["model"] + (f"-{config['depth']}" if config["model"] == "resnet" else "")
+    return (
+        f"| {config['dataset']} | {network} | {method} | {end['sparsity']:.2%} | {end['epoch']} "
+        f"| {config['seed']} | {end['test_accuracy']:.2%} | `{log.relative_to(RESULTS)}` |"
+    )
+
+
+def table(folders: list[Path]) -> str:
+    """The runs of these folders, in the order of their names."""
+    logs = [log for folder in folders for log in sorted(folder.glob("*.jsonl"))]
+    return "\n".join([HEADER, *(row(log) for log in logs)])
+
+
+if __name__ == "__main__":
+    named = [Path(folder).resolve() for folder in sys.argv[1:]]
+    print(table(named or sorted(path for path in RESULTS.iterdir() if path.is_dir())))
