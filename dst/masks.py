@@ -72,7 +72,7 @@ def random_mask(key: jax.Array, shape: tuple[int, ...], count: int) -> np.ndarra
     if not 0 <= count <= size:
         raise ConfigError(f"count is {count}; allowed is 0 to {size} for a kernel of {shape}.")
     inverted = 2 * count > size
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    rng = _generator(key)
     mask = np.full(size, inverted)
     missing = size - count if inverted else count
     while missing:
@@ -83,15 +83,20 @@ def random_mask(key: jax.Array, shape: tuple[int, ...], count: int) -> np.ndarra
     return mask.reshape(shape)
 
 
-def fan_in_weights(key: jax.Array, mask: np.ndarray, gain: float = 2.0) -> jax.Array:
+def fan_in_weights(key: jax.Array, mask: np.ndarray, gain: float = 2.0) -> np.ndarray:
     """Weights of variance gain / n_j, n_j the actual fan-in of output unit j (Evci et al., 2019).
 
     Shapes: mask (..., n_in, n_out) -> float32 of the same shape, 0 off the mask. Gain 2 is He's.
     """
-    fan_in = jnp.asarray(mask.reshape(-1, mask.shape[-1]).sum(0), jnp.float32)
-    std = jnp.sqrt(gain / jnp.maximum(fan_in, 1.0))
-    normal = jax.random.normal(key, mask.shape)
-    return jnp.where(mask, normal * std.reshape((1,) * (mask.ndim - 1) + (-1,)), 0.0)
+    fan_in = mask.reshape(-1, mask.shape[-1]).sum(0)
+    std = np.sqrt(gain / np.maximum(fan_in, 1), dtype=np.float32)
+    normal = _generator(key).standard_normal(mask.shape, np.float32)
+    return np.where(mask, normal * std, np.float32(0))
+
+
+def _generator(key: jax.Array) -> np.random.Generator:
+    """NumPy's generator, seeded by a JAX key: a shape of its own each layer compiles nothing."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
 def dead_units(mask: jax.Array) -> jax.Array:

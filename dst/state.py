@@ -62,7 +62,8 @@ def init_state(
     masks, kernels = {}, {}
     for i, (path, shape) in enumerate(shapes.items()):
         mask = random_mask(jax.random.fold_in(mask_key, i), shape, counts[path])
-        kernels[path] = fan_in_weights(jax.random.fold_in(weight_key, i), mask, method.gain)
+        weights = fan_in_weights(jax.random.fold_in(weight_key, i), mask, method.gain)
+        kernels[path] = jnp.asarray(weights)
         masks[path] = jnp.asarray(mask)
     variables = init_rest(net, model_key)
     params = with_kernels(variables.pop("params", {}), kernels)
