@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -228,7 +229,7 @@ def _layers(axes: Any, events: list[dict]) -> None:
     end = next((e for e in reversed(events) if "active" in e and "possible" in e), None)
     if end is None:
         return
-    layers = list(end["possible"])
+    layers = sorted(end["possible"], key=_numbers_by_value)  # Conv_2 before Conv_10
     share = np.array([100 * end["active"][layer] / end["possible"][layer] for layer in layers])
     total = 100 * sum(end["active"].values()) / sum(end["possible"].values())
     bars = axes.bar(range(len(layers)), share, color=_COLORS[0])
@@ -239,6 +240,10 @@ def _layers(axes: Any, events: list[dict]) -> None:
     axes.bar_label(bars, [f"{100 - s:.1f} %" for s in share], padding=2, **text)
     axes.set_xticks(range(len(layers)), layers, **text)
     axes.margins(x=0.01, y=0.2 if many else 0.1)
+
+
+def _numbers_by_value(name: str) -> list:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 # JSON, files, versions.

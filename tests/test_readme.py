@@ -1,6 +1,9 @@
 """The README's example is run to the letter."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -29,3 +32,17 @@ def test_the_files_it_names_exist():
     root = Path(__file__).parents[1]
     for name in re.findall(r"\]\(([\w/.]+)\)|(configs/\w+\.py)", README):
         assert (root / (name[0] or name[1])).exists(), name
+
+
+def test_the_results_are_those_of_the_committed_logs():
+    """The README's table is what `experiments/summary.py` prints."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, root / "experiments" / "summary.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    table = re.search(r"<!-- python experiments/summary.py -->\n(.*?)\n<!--", README, re.DOTALL)
+    assert table and table[1] == done.stdout.strip()
