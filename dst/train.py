@@ -224,7 +224,8 @@ def end_epoch(run: Parts, state: SparseState, step: int, clock: Clock):
     if epoch % config.eval_every == 0 or step == run.total or extra:
         test = {f"test_{name}": value for name, value in run.evaluate(state).items()}
         run.writer.write("eval", step, epoch=epoch, **test, **extra, sparsity=sparsity)
-    better = loss < float(seen.best_loss)
+    # Rounded as it is remembered: else an equal loss may look better for ever.
+    better = np.float32(loss) < np.float32(seen.best_loss)
     fresh = fresh_progress().replace(
         best_loss=jnp.float32(loss) if better else seen.best_loss,
         stale_epochs=jnp.int32(0) if better else seen.stale_epochs + 1,

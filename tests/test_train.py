@@ -177,11 +177,11 @@ def test_nan_stops_before_anything_is_saved(tmp_path):
 
 
 def test_early_stop_looks_at_the_training_or_held_out_loss(tmp_path):
-    """With patience 1 and a loss that cannot fall the run ends; the test set is never asked."""
-    config = small(learning_rate=1e-12, patience=2, epochs=30, validation_size=200, method="random")
+    """With patience 2 and a loss that cannot fall the run ends; the test set is never asked."""
+    config = small(learning_rate=1e-30, patience=2, epochs=9, validation_size=200, method="random")
     train.train(config, tmp_path)
     _, events = read(tmp_path / "metrics.jsonl")
-    assert events[-1]["reason"] == "no better loss for 2 epochs" and events[-1]["epoch"] < 30
+    assert events[-1]["reason"] == "no better loss for 2 epochs" and events[-1]["epoch"] == 3
     held_out = [e["validation_loss"] for e in events if e["event"] == "eval"]
     best = int(np.argmin(held_out))
     assert len(held_out) == best + 3
