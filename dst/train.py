@@ -81,13 +81,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     # ---- Restore
     manager = checkpoint.open_manager(workdir, config.checkpoints_kept)
-    try:
-        restored, _ = checkpoint.restore(manager, state, config.to_dict(), log.say)
-    except checkpoint.Unreadable as error:
-        raise Stopped(str(error)) from error
-    if restored is not None:
-        state = restored
-        log.say(f"Resuming {workdir} at step {int(state.step)}.")
+    state = restore(manager, state, config, workdir)
 
     # ---- Run
     images, labels = replicate((dataset.train_images, dataset.train_labels), devices)
@@ -129,6 +123,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
             kept = "no checkpoint was saved" if newest is None else f"the last good one is {newest}"
             raise Stopped(f"{error}; {kept} (a lower learning_rate may help).") from error
     log.plot(workdir)
+
+
+def restore(manager: Any, state: SparseState, config: ConfigDict, workdir: Path) -> SparseState:
+    """The newest intact checkpoint, or `state` if there is none. Errors: Stopped, ConfigError."""
+    try:
+        restored, _ = checkpoint.restore(manager, state, config.to_dict(), log.say)
+    except checkpoint.Unreadable as error:
+        raise Stopped(str(error)) from error
+    if restored is None:
+        return state
+    log.say(f"Resuming {workdir} at step {int(restored.step)}.")
+    return restored
 
 
 def loop(run: Parts, state: SparseState) -> None:
