@@ -142,16 +142,17 @@ def loop(run: Parts, state: SparseState) -> None:
     step, budget, previous = int(state.step), 1, None
     clock = Clock(time.monotonic(), step)
     shown = {"sparsity": sparsity_of(state.masks)}
-    done = finished(run, state)
+    done, stopping = finished(run, state), False
     with stop_signals() as stop, log.progress(run.total, step) as bar:
-        while not (done or stop):
+        while not (done or stopping):
             # ---- Update, up to the next event
             n = min(until_event(run, step), budget)
             begin = time.monotonic()
             state, metrics = run.steps.update(state, run.resident(step // run.per_epoch), n)
             # A single step is read while the next one runs, unless something follows right now.
             step += n
-            event = until_event(run, step - 1) == 1 or bool(stop)
+            stopping = bool(stop)  # asked once: a later signal is served after the next update
+            event = until_event(run, step - 1) == 1 or stopping
             shown |= check(previous, step - n)
             previous = metrics if not (run.looped or event) else None
             if previous is None:
@@ -170,7 +171,7 @@ def loop(run: Parts, state: SparseState) -> None:
                 state = rewire(run, state, step)
 
             # ---- Save
-            if done or stop or step % run.config.checkpoint_every == 0:
+            if done or stopping or step % run.config.checkpoint_every == 0:
                 run.save(state)
     if done:
         end(run, state, step)
