@@ -95,7 +95,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
             P_max,
         )
         state = reconnect(tx, state, apart(net, A), apart(net, survivors))
-        return state, report(state, k, asked, valid, finite)
+        return state, report(state, k, asked if method.heuristic else None, valid, finite)
 
     return body
 
@@ -126,13 +126,16 @@ def reconnect(tx, state: SparseState, masks: ByLayer, survivors: ByLayer) -> Spa
     return state.replace(params=params, opt_state=opt_state, masks=masks)
 
 
-def report(state: SparseState, k: Array, asked: Array, valid: ByLayer, finite: Array):
-    """What a rewire did, for the log: |P| = |G|, |S| asked and realised, each layer's counts."""
+def report(state: SparseState, k: Array, asked: Array | None, valid: ByLayer, finite: Array):
+    """What a rewire did, for the log: |P| = |G|, |S| asked and realised, each layer's counts.
+
+    Where all inactive connections are candidates, `asked` is None and S is all of them.
+    """
     realised = sum(v.sum(dtype=jnp.int32) for v in valid.values())
     return {
         "pruned": k,
         "grown": k,
-        "subset_asked": asked.sum(),
+        "subset_asked": realised if asked is None else asked.sum(),
         "subset_realised": realised,
         "active": {path: m.sum(dtype=jnp.int32) for path, m in state.masks.items()},
         "dead_units": {path: dead_units(m) for path, m in state.masks.items()},

@@ -108,6 +108,11 @@ def mask_kernels(params: Any, masks: Mapping[str, Array]) -> Any:
     return with_kernels(params, {p: jnp.where(masks[p], k, 0) for p, k in kernels.items()})
 
 
+def average(leaf: Array) -> Array:
+    """Mean over the devices; integers, such as a model's own counters, are equal on all."""
+    return jax.lax.pmean(leaf, AXIS) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
+
 def all_finite(tree: Any) -> Array:
     """Whether every float of the tree is finite: bool scalar."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
@@ -120,7 +125,7 @@ def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> C
         owners = recognise(state.opt_state, state.params, state.masks)
         objective = lambda params: run_loss(net, loss, params, state, batch)  # noqa: E731
         gradients, run = jax.grad(objective, has_aux=True)(state.params)
-        gradients, run = jax.lax.pmean((gradients, run), AXIS)
+        gradients, run = jax.tree.map(average, (gradients, run))
         finite = all_finite((run.loss, gradients))
         gradients = mask_kernels(gradients, state.masks)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
