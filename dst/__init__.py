@@ -3,7 +3,8 @@
 from dst.config import ConfigError
 from dst.methods import Method, method
 from dst.network import Network, network
-from dst.rewire import due, make_rewire
+from dst.plan import due
+from dst.rewire import make_rewire
 from dst.state import SparseState, init_state, sparsity_of
 from dst.update import make_update
 

@@ -15,7 +15,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+NOT_SPARSE = {
+    "dense": "has no inactive connection to leave out",
+    "rigl": "needs the gradient of every possible connection",
+}
 TRAIN_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
+
+
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed; what is, in words
 
 
 class ConfigError(ValueError):
@@ -40,10 +47,14 @@ def default() -> ConfigDict:
 
     # Sparsity.
     config.method = "gse"  # 'dense', 'random' (static), 'set', 'rigl' or 'gse' (the paper's)
+    # 'masked': dense arrays, every method; 'sparse': memory of the connections that exist; random,
+    # set, gse.
+    config.execution = "masked"  # 'masked' or 'sparse'
     config.heuristic = "grabo"  # where gse looks: 'uniform', 'grabo' or 'synflow'
     config.sparsity = 0.98  # inactive fraction of all kernels, in [0, 1); dense ignores it
     config.distribution = "uniform"  # of the sparsity over layers: 'uniform', 'er' or 'erk'
     config.drop_fraction = 0.2  # |P| / |A| at step 0, annealed to 0 by a cosine
+    config.layer_floor = 0.0  # share of its first connections a layer always keeps; 0: the paper's
     config.rewire_every = 1000  # steps between two rewires
     config.rewire_end_epoch = 120  # the cosine's end; the paper's second learning rate drop
     config.subset_ratio = 10.0  # |S| / |P|, at least 1
@@ -77,56 +88,60 @@ def _is_number(value: Any) -> bool:
     return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _choice(*names: str) -> tuple[Callable[[Any], bool], str]:
+def choice(*names: str) -> Rule:
+    """One of these strings."""
     allowed = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
     return lambda v: isinstance(v, str) and v in names, allowed
 
 
-def _integer(low: int, high: float = math.inf) -> tuple[Callable[[Any], bool], str]:
+def _integer(low: int, high: float = math.inf) -> Rule:
     allowed = f"an integer >= {low}" if high == math.inf else f"an integer from {low} to {high}"
     return lambda v: _is_int(v) and low <= v <= high, allowed
 
 
-def _number(inside: Callable[[float], bool], allowed: str) -> tuple[Callable[[Any], bool], str]:
+def number(inside: Callable[[float], bool], allowed: str) -> Rule:
+    """A finite number for which `inside` is true."""
     return lambda v: _is_number(v) and inside(v), f"a number {allowed}"
 
 
-def _ints(inside: Callable[[tuple], bool], allowed: str) -> tuple[Callable[[Any], bool], str]:
+def _ints(inside: Callable[[tuple], bool], allowed: str) -> Rule:
     def ok(v: Any) -> bool:
         return isinstance(v, tuple) and all(_is_int(i) and i >= 1 for i in v) and inside(v)
 
     return ok, allowed
 
 
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "dataset": _choice(*TRAIN_IMAGES),
+_RULES: dict[str, Rule] = {
+    "dataset": choice(*TRAIN_IMAGES),
     "data_dir": (lambda v: isinstance(v, str), "the path of a folder, as a string"),
     "validation_size": _integer(0),
-    "model": _choice("mlp", "resnet", "vgg"),
+    "model": choice("mlp", "resnet", "vgg"),
     "depth": (lambda v: _is_int(v) and v >= 8 and v % 6 == 2, "6n+2 with n >= 1 (8, 14, ... 56)"),
     # Both networks start with 16 channels.
-    "width": _number(lambda v: v >= 1 / 16, ">= 0.0625, one channel in the first layer"),
+    "width": number(lambda v: v >= 1 / 16, ">= 0.0625, one channel in the first layer"),
     "hidden": _ints(lambda v: len(v) >= 1, "a tuple of one or more integers >= 1"),
-    "precision": _choice("float32", "bfloat16"),
-    "method": _choice("dense", "random", "set", "rigl", "gse"),
-    "heuristic": _choice("uniform", "grabo", "synflow"),
-    "sparsity": _number(lambda v: 0 <= v < 1, "in [0, 1)"),
-    "distribution": _choice("uniform", "er", "erk"),
-    "drop_fraction": _number(lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "precision": choice("float32", "bfloat16"),
+    "method": choice("dense", "random", "set", "rigl", "gse"),
+    "execution": choice("masked", "sparse"),
+    "heuristic": choice("uniform", "grabo", "synflow"),
+    "sparsity": number(lambda v: 0 <= v < 1, "in [0, 1)"),
+    "distribution": choice("uniform", "er", "erk"),
+    "drop_fraction": number(lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "layer_floor": number(lambda v: 0 <= v < 1, "in [0, 1)"),
     "rewire_every": _integer(1),
     "rewire_end_epoch": _integer(1),
-    "subset_ratio": _number(lambda v: v >= 1, ">= 1"),
+    "subset_ratio": number(lambda v: v >= 1, ">= 1"),
     "sampling_rounds": _integer(1),
     "epochs": _integer(1),
     "batch_size": _integer(1),
-    "learning_rate": _number(lambda v: v > 0, "> 0"),
+    "learning_rate": number(lambda v: v > 0, "> 0"),
     "lr_drop_epochs": _ints(
         lambda v: all(a < b for a, b in pairwise(v)),
         "a tuple of increasing integers >= 1",
     ),
-    "lr_drop_factor": _number(lambda v: 0 < v <= 1, "in (0, 1]"),
-    "momentum": _number(lambda v: 0 <= v < 1, "in [0, 1)"),
-    "weight_decay": _number(lambda v: v >= 0, ">= 0"),
+    "lr_drop_factor": number(lambda v: 0 < v <= 1, "in (0, 1]"),
+    "momentum": number(lambda v: 0 <= v < 1, "in [0, 1)"),
+    "weight_decay": number(lambda v: v >= 0, ">= 0"),
     "patience": _integer(0),
     "seed": _integer(0, 2**32 - 1),
     "eval_every": _integer(1),
@@ -168,9 +183,14 @@ def check_name(field: str) -> None:
 def check_field(field: str, value: Any) -> None:
     """`ConfigError` if there is no such field or if it cannot have this value."""
     check_name(field)
-    ok, allowed = _RULES[field]
+    check_value(field, value, _RULES[field])
+
+
+def check_value(name: str, value: Any, rule: Rule | str) -> None:
+    """`ConfigError` that calls it `name` if `value` breaks a rule; a string is a field's rule."""
+    ok, allowed = _RULES[rule] if isinstance(rule, str) else rule
     if not ok(value):
-        raise ConfigError(f"{field} must be {allowed}, not {value!r}.")
+        raise ConfigError(f"{name} must be {allowed}, not {value!r}.")
 
 
 def validate(config: ConfigDict) -> None:
@@ -181,6 +201,11 @@ def validate(config: ConfigDict) -> None:
         if field not in config:
             raise ConfigError(f'The field "{field}" is missing; start from dst.config.default().')
         check_field(field, config[field])
+    if config.execution == "sparse" and config.method in NOT_SPARSE:
+        raise ConfigError(
+            f"method must be 'random', 'set' or 'gse' with execution 'sparse', not "
+            f"{config.method!r}, which {NOT_SPARSE[config.method]}."
+        )
     left = TRAIN_IMAGES[config.dataset] - config.validation_size
     if config.batch_size > left:
         raise ConfigError(

@@ -12,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dst import data
+from dst.execution import forward
 from dst.network import Network
 from dst.state import SparseState
 from dst.update import AXIS, parallel, replicate
@@ -31,21 +32,21 @@ def make_evaluate(
     weights = np.concatenate([np.ones(count, np.float32), np.zeros(padding, np.float32)])
     held = replicate((images, labels, weights), devices)
 
-    def body(variables, held, start, device):
+    def body(params, connections, collections, held, start, device):
         begin = start + device * share
         x, y, w = (jax.lax.dynamic_slice_in_dim(a, begin, share) for a in held)
         x = data.normalise(x, dataset.mean, dataset.std)
-        logits: Any = net.model.apply(variables, x, train=False)
+        logits: Any = forward(net, params, connections, collections, x, train=False)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         sums = jnp.sum(w * loss), jnp.sum(w * (logits.argmax(-1) == y))
         return jax.lax.psum(sums, AXIS)
 
-    step = parallel(body, (None, None, None, 0), devices)
+    step = parallel(body, (None, None, None, None, None, 0), devices)
     index = np.arange(len(devices))
 
     def evaluate(state: SparseState) -> dict[str, float]:
-        variables = {"params": state.params, **state.batch_stats}
-        sums = [step(variables, held, start, index) for start in range(0, len(labels), batch)]
+        network = state.params, state.masks, state.batch_stats
+        sums = [step(*network, held, start, index) for start in range(0, len(labels), batch)]
         loss, correct = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0) / count
         return {"loss": float(loss), "accuracy": float(correct)}
 

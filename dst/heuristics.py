@@ -7,6 +7,7 @@ f_a g_b; in a convolution a and b are channels and the kernel position is unifor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,9 @@ import numpy as np
 from jax import lax
 
 from dst.config import ConfigError
-from dst.network import Network, describe, is_layer, obstacle
+from dst.arena import Arena, Connections
+from dst.execution import linear, variables_of
+from dst.network import Network, describe, is_layer, layer_path, obstacle
 from dst.probes import marginals
 from dst.state import SparseState
 from dst.update import AXIS, Loss, run_loss
@@ -58,11 +61,11 @@ def synflow(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]
                 f"heuristic is 'synflow', but the model takes {leaf.dtype} inputs, which cannot "
                 "carry a flow; use 'grabo' or 'uniform'."
             )
-    measure = jax.jit(lambda variables: synaptic_flow(net, variables))
+    measure = jax.jit(functools.partial(synaptic_flow, net))
 
     def flow(state: SparseState, batch: Any) -> Marginals:
         with jax.enable_x64(True):
-            R, R_of_double, fg = measure({"params": state.params, **state.batch_stats})
+            R, R_of_double, fg = measure(state.params, state.masks, state.batch_stats)
             if not abs(float(R_of_double) - 2 * float(R)) <= 1e-6 * abs(float(R)) + NOTHING:
                 raise ConfigError(
                     "heuristic is 'synflow', but the flow is infinite or not positively "
@@ -83,16 +86,18 @@ HEURISTICS = {"uniform": uniform, "grabo": grabo, "synflow": synflow}
 ON_HOST = ("synflow",)
 
 
-def synaptic_flow(net: Network, variables: Mapping[str, Any]) -> tuple[Array, Array, Marginals]:
+def synaptic_flow(
+    net: Network, params: Any, connections: Connections, collections: Mapping[str, Any]
+) -> tuple[Array, Array, Marginals]:
     """R(1), R(2 * 1) and the normalised float32 marginals of Eq. 3, on inputs of ones of batch 1.
 
     The twin has |w| for w, no biases, and |scale| / sqrt(var + eps) for batch normalisation.
     """
-    variables = {**variables, "params": _linear(variables["params"])}
+    variables = variables_of(_linear(params), connections, collections)
 
     def total(extra: Mapping[str, Any], value: float) -> Array:
         ones = jax.tree.map(lambda a: jnp.full((1, *a.shape[1:]), value, jnp.float64), net.args)
-        with nn.intercept_methods(_twin):
+        with nn.intercept_methods(_twin(connections)):
             y = net.model.apply({**variables, **extra}, *ones, **net.kwargs, mutable=True)[0]
         return jnp.sum(y)
 
@@ -114,21 +119,29 @@ def _linear(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(magnitude, params)
 
 
-def _twin(next_fun, args, kwargs, context):
+def _twin(connections: Connections) -> Callable:
     """Interceptor: Dense, Conv, BatchNorm and Dropout as in the linear twin, in float64."""
-    module = context.module
-    x = args[0] if args else kwargs.get("inputs", kwargs.get("x"))
-    if context.method_name == "__call__":
-        if isinstance(module, nn.Dropout):
-            return x
-        if isinstance(module, nn.BatchNorm):
-            return _normalise(module, x)
-        if is_layer(module) and obstacle(module) is None:
-            kernel = module.get_variable("params", "kernel")
-            dense = isinstance(module, nn.Dense)
-            y = x @ kernel if dense else describe(module, x).convolve(x, kernel)
-            return y + TRACE
-    return next_fun(*args, **kwargs)
+    parts = connections.parts if isinstance(connections, Arena) else ()
+    sparse = {part.layer.path: part for part in parts}
+
+    def interceptor(next_fun, args, kwargs, context):
+        module = context.module
+        x = args[0] if args else kwargs.get("inputs", kwargs.get("x"))
+        if context.method_name == "__call__":
+            if isinstance(module, nn.Dropout):
+                return x
+            if isinstance(module, nn.BatchNorm):
+                return _normalise(module, x)
+            if is_layer(module) and layer_path(module) in sparse:
+                return linear(sparse[layer_path(module)], module, x)[0] + TRACE
+            if is_layer(module) and obstacle(module) is None:
+                kernel = module.get_variable("params", "kernel")
+                dense = isinstance(module, nn.Dense)
+                y = x @ kernel if dense else describe(module, x).convolve(x, kernel)
+                return y + TRACE
+        return next_fun(*args, **kwargs)
+
+    return interceptor
 
 
 def _normalise(norm: nn.BatchNorm, x: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -62,36 +62,70 @@ def layer_counts(shapes: Shapes, sparsity: float, distribution: str = "uniform")
     return {path: int(count) for path, count in zip(shapes, counts, strict=True)}
 
 
-def random_mask(key: jax.Array, shape: tuple[int, ...], count: int) -> np.ndarray:
-    """Erdős-Rényi G(n, M): `count` of the positions of `shape`, every such set equally likely.
+def random_positions(key: jax.Array, size: int, count: int) -> np.ndarray:
+    """Erdős-Rényi G(n, M): `count` of `size` positions, every such set equally likely.
 
-    Positions are drawn until enough distinct ones are set; above one half their complement is.
-    Needs the mask and O(count) integers, nothing of the size of a weight matrix.
+    Shapes: int64 (count,), sorted. Memory: O(count), whatever `size` is (up to 2^63).
+    Errors: a count that is negative or above `size`.
     """
-    size = math.prod(shape)
     if not 0 <= count <= size:
-        raise ConfigError(f"count is {count}; allowed is 0 to {size} for a kernel of {shape}.")
-    inverted = 2 * count > size
+        raise ConfigError(f"count is {count}; allowed is 0 to {size}, all possible connections.")
     rng = _generator(key)
-    mask = np.full(size, inverted)
-    missing = size - count if inverted else count
-    while missing:
-        drawn = np.unique(rng.integers(size, size=missing))
-        new = drawn[mask[drawn] == inverted]
-        mask[new] = not inverted
-        missing -= len(new)
+    if 2 * count <= size:
+        return _distinct(rng, size, count)
+    inside = np.ones(size, bool)  # of at most 2 count; few are left to draw until all differ
+    inside[_distinct(rng, size, size - count)] = False
+    return np.flatnonzero(inside)
+
+
+def _distinct(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
+    """Positions drawn, those drawn before replaced, until `count` differ: int64, sorted."""
+    found, different = np.empty(count, np.int64), 0
+    while different < count:
+        found[different:] = rng.integers(size, size=count - different)
+        found.sort()
+        first = np.append(True, found[1:] != found[:-1])
+        different = int(np.count_nonzero(first))
+        found[:different] = found[first]
+    return found
+
+
+def random_mask(key: jax.Array, shape: tuple[int, ...], count: int) -> np.ndarray:
+    """The positions of `random_positions`, in C order, as a bool array of `shape`."""
+    mask = np.zeros(math.prod(shape), bool)
+    mask[random_positions(key, mask.size, count)] = True
     return mask.reshape(shape)
 
 
-def fan_in_weights(key: jax.Array, mask: np.ndarray, gain: float = 2.0) -> np.ndarray:
+def fan_in_weights(key: jax.Array, output: np.ndarray, n_out: int, gain: float = 2.0) -> np.ndarray:
     """Weights of variance gain / n_j, n_j the actual fan-in of output unit j (Evci et al., 2019).
 
-    Shapes: mask (..., n_in, n_out) -> float32 of the same shape, 0 off the mask. Gain 2 is He's.
+    Shapes: output (M,), the unit of each connection -> float32 (M,); only these M are drawn. Gain 2
+    is He's.
     """
-    fan_in = mask.reshape(-1, mask.shape[-1]).sum(0)
+    fan_in = np.bincount(output, minlength=n_out)
     std = np.sqrt(gain / np.maximum(fan_in, 1), dtype=np.float32)
-    normal = _generator(key).standard_normal(mask.shape, np.float32)
-    return np.where(mask, normal * std, np.float32(0))
+    weights = _generator(key).standard_normal(len(output), np.float32)
+    weights *= std[output]
+    return weights
+
+
+def thinned(
+    first: Mapping[str, int],
+) -> Callable[[Mapping[str, int]], list[tuple[str, int, int]]]:
+    """A function of the counts: (layer, its count, its first) of those below a tenth of the first.
+
+    It remembers what it has told: each layer is told once.
+    """
+    told: set[str] = set()
+
+    def tell(active: Mapping[str, int]) -> list[tuple[str, int, int]]:
+        low = [(p, n, first[p]) for p, n in active.items() if 10 * n < first[p]]
+        new = [layer for layer in low if layer[0] not in told]
+        told.update(path for path, _, _ in new)
+        return new
+
+    return tell
 
 
 def _generator(key: jax.Array) -> np.random.Generator:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dst.config import ConfigError, check_field
+import numpy as np
+
+from dst.config import ConfigError, Rule, check_field, check_value, choice, number
 
 
 class Method(NamedTuple):
@@ -27,6 +29,7 @@ class Method(NamedTuple):
     heuristic: str = ""  # f x g that S is drawn from; "": every inactive connection
     score: str = ""  # "chance", "dense gradient" or "gradient"; "": never rewired
     drop_fraction: float = 0.2  # |P| / |A| at step 0; a cosine takes it to 0 at `end`
+    floor: float = 0.0  # share of its first connections that a layer always keeps; 0: the paper's
     every: int = 1000  # steps between two rewires
     end: int = 46_800  # the first step that is not rewired any more
     subset_ratio: float = 10.0  # c = |S| / |P|
@@ -48,6 +51,21 @@ ROWS: dict[str, dict] = {
 }
 
 
+# What `options` may be: the rule of a config field, or one of their own.
+RULES: dict[str, Rule | str] = {
+    "distribution": "distribution",
+    "heuristic": "heuristic",
+    "score": choice("", "chance", "dense gradient", "gradient"),
+    "drop_fraction": "drop_fraction",
+    "floor": "layer_floor",
+    "every": "rewire_every",
+    "end": "rewire_end_epoch",
+    "subset_ratio": "subset_ratio",
+    "rounds": "sampling_rounds",
+    "gain": number(lambda v: v > 0, "> 0"),
+}
+
+
 def method(name: str, sparsity: float = 0.98, **options) -> Method:
     """A row of Table 1 by name; `options` are fields of `Method`.
 
@@ -60,8 +78,10 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
         raise ConfigError(
             f"a method has no field {min(unknown)!r}; it has {', '.join(Method._fields)}."
         )
-    for field in options.keys() & {"distribution", "drop_fraction", "subset_ratio", "heuristic"}:
-        check_field(field, options[field])
+    # A step count is often NumPy's; a method holds plain numbers.
+    options = {f: v.item() if isinstance(v, np.generic) else v for f, v in options.items()}
+    for field, value in options.items():
+        check_value(field, value, RULES[field])
     if name != "gse":
         options.pop("heuristic", None)
     return Method(name, 0.0 if name == "dense" else sparsity, **{**ROWS[name], **options})

@@ -12,8 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
 
 from dst.config import ConfigError
+from dst.network import Layer
 
 Array = jax.Array
 
@@ -57,3 +61,62 @@ def reset_inactive(opt_state: Any, fresh: Any, owners: list[str | None], keep: M
         for leaf, start, path in zip(leaves, starts, owners, strict=True)
     ]
     return jax.tree.unflatten(treedef, kept)
+
+
+def refuse_unless_coordinate_wise(
+    tx: optax.GradientTransformation, params: Any, layers: Mapping[str, Layer]
+) -> None:
+    """Refuses an optimizer that would treat one vector of all connections unlike the kernels.
+
+    Global norms and masks by a parameter's name are fine. Two steps are taken on small kernels and
+    on the same numbers as one vector, params["arena"]["kernel"].
+    """
+    rng = np.random.default_rng(0)
+    small = lambda shape: tuple(min(n, 3 - (i % 2)) for i, n in enumerate(shape))  # noqa: E731
+    draw = lambda shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    rest = jax.eval_shape(lambda: params)
+    kernels = {path: small(layer.shape) for path, layer in layers.items()}
+
+    def both(scale):
+        others = jax.tree.map(lambda leaf: scale * draw(small(leaf.shape)), rest)
+        own = {path: scale * draw(shape) for path, shape in kernels.items()}
+        flat = traverse_util.flatten_dict(others, sep="/")
+        apart = traverse_util.unflatten_dict(
+            flat | {f"{path}/kernel": kernel for path, kernel in own.items()}, sep="/"
+        )
+        vector = np.concatenate([kernel.ravel() for kernel in own.values()])
+        return apart, {**others, "arena": {"kernel": vector}}
+
+    def steps(weights, gradients):
+        state = tx.init(weights)
+        for gradient in gradients:
+            updates, state = tx.update(gradient, state, weights)
+        flat = traverse_util.flatten_dict(updates, sep="/")
+        own = [flat.pop(f"{path}/kernel").ravel() for path in layers if f"{path}/kernel" in flat]
+        return np.concatenate(own or [flat.pop("arena/kernel")]), flat
+
+    def owners(shapes):
+        weights = traverse_util.flatten_dict(rest, sep="/")
+        weights |= {
+            f"{path}/kernel": jax.ShapeDtypeStruct(shape, np.float32)
+            for path, shape in shapes.items()
+        }
+        tree = traverse_util.unflatten_dict(weights, sep="/")
+        leaves = {path: tree_leaf(tree, path) for path in shapes}
+        return recognise(jax.eval_shape(tx.init, tree), tree, leaves)
+
+    tree_leaf = lambda tree, path: traverse_util.flatten_dict(tree, sep="/")[f"{path}/kernel"]  # noqa: E731
+    try:
+        (w, v), *gradients = both(1e4), both(1), both(1)  # large weights: their decay shows
+        one, other = (steps(x, g) for x, g in zip((w, v), zip(*gradients, strict=True), strict=True))
+        alike = jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, 1e-4, 0), one, other))
+        real = {path: layer.shape for path, layer in layers.items()}
+        alike = alike and owners(real) == owners(kernels)
+    except Exception:  # whatever an optimizer makes of parameters that it was not built for
+        alike = False
+    if not alike:
+        raise ConfigError(
+            "the optimizer treats kernels by their shape or layer (as LAMB, Adafactor, Muon or a "
+            "mask by ndim do), but in execution 'sparse' all connections are one vector; use one "
+            "that works coordinate by coordinate (SGD, Adam, AdamW, a global norm, ...)."
+        )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
-from dst.config import ConfigError
+from dst.config import ConfigError, check_field
 
 LOGGER = logging.getLogger("dst")
 
@@ -69,6 +69,7 @@ class Network(NamedTuple):
     dense: dict[str, str]  # path of a kernel that stays dense -> why
     args: tuple[Any, ...]  # the example inputs, as shapes
     kwargs: dict[str, Any]
+    execution: str = "masked"  # or "sparse"
 
     @property
     def possible(self) -> int:
@@ -132,14 +133,17 @@ def network(
     model: nn.Module,
     *args: Any,
     sparse: Callable[[str], bool] = lambda path: True,
+    execution: str = "masked",
     **kwargs: Any,
 ) -> Network:
     """Find the sparse kernels of `model` in `model(*args, **kwargs)`, without computing that.
 
     Args: example inputs as arrays or shapes; `sparse(path)` says which of the `nn.Dense` and
-    `nn.Conv` layers are (default: all). Errors: a chosen layer that the probes do not cover. A
-    kernel of another kind stays dense, which is logged.
+    `nn.Conv` layers are (default: all); `execution` whether they are held as dense arrays with
+    masks or truly sparse. Errors: a chosen layer that the probes do not cover. A kernel of another
+    kind stays dense, which is logged.
     """
+    check_field("execution", execution)
     shapes = jax.eval_shape(lambda *a: a, *args)
     found, variables = _discover(model, shapes, kwargs, sparse)
     params = traverse_util.flatten_dict(variables.get("params", {}), sep="/")
@@ -161,7 +165,7 @@ def network(
         if layer and path not in layers:
             _refuse(path, "its kernel is not stored at its own path")
     # JAX gives dicts of layers back sorted by path, which is not always the parameters' order.
-    net = Network(model, dict(sorted(layers.items())), dense, shapes, kwargs)
+    net = Network(model, dict(sorted(layers.items())), dense, shapes, kwargs, execution)
     _check(net, variables)
     return net
 
@@ -211,10 +215,13 @@ def _check(net: Network, variables: Mapping[str, Any]) -> None:
     """Refuse networks with nothing to make sparse, too many connections, tied or hidden kernels."""
     if not net.layers:
         raise ConfigError("the model has no nn.Dense or nn.Conv layer that may be sparse.")
-    if net.possible >= 2**31:
+    if net.execution == "masked" and net.possible >= 2**31:
         raise ConfigError(
-            f"the model has {net.possible} possible connections; masked execution allows 2^31 - 1."
+            f"the model has {net.possible} possible connections; masked execution allows 2^31 - 1, "
+            "execution='sparse' any number."
         )
+    if net.execution == "sparse" and "arena" in variables["params"]:
+        raise ConfigError("the model has parameters named 'arena', which is where dst keeps its own.")
     params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     without = {k: v for k, v in params.items() if k.removesuffix("/kernel") not in net.layers}
     empty = {(*path.split("/"), ""): jnp.zeros(0) for path in net.layers}

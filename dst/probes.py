@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
-from dst.network import Layer, is_layer, layer_path
+from dst.config import ConfigError
+from dst.network import Layer, is_layer, layer_path, skipped
 
 Array = jax.Array
 Tree = Mapping[str, Any]
@@ -64,44 +65,59 @@ def _subset_forward(layer, h, y, c, subset):
 
 def _subset_backward(layer, residual, delta):
     h, subset = residual
-    gradient = dense_gradient_on if layer.kind == "dense" else conv_gradient_on
-    return None, delta, gradient(layer, h, delta, subset), None
+    column, output = jnp.divmod(subset, layer.n_out)
+    gradient = gradient_at(layer, *by_unit(layer, h, delta), column, output)
+    return None, delta, gradient.astype(jnp.float32), None
 
 
 tap_subset.defvjp(_subset_forward, _subset_backward)
 
 
-def dense_gradient_on(layer: Layer, h: Array, delta: Array, subset: Array) -> Array:
-    """sum_b h[b, i] delta[b, o] for each (i, o) in S. (..., n_in), (..., n_out) -> (|S_l|,)."""
-    i, o = jnp.unravel_index(subset, layer.shape)
-    h_t = h.reshape(-1, h.shape[-1]).T
-    delta_t = delta.reshape(-1, delta.shape[-1]).T
+def by_unit(layer: Layer, h: Array, delta: Array) -> tuple[Array, Array]:
+    """h (padded as for the convolution) and delta, units first: what `gradient_at` reads."""
+    if layer.kind == "dense":
+        return h.reshape(-1, h.shape[-1]).T, delta.reshape(-1, delta.shape[-1]).T
+    h = h.reshape(-1, *h.shape[-3:])
+    h = jnp.pad(h, ((0, 0), *layer.pads(h.shape[1:3]), (0, 0)))
+    return h.transpose(3, 0, 1, 2), delta.reshape(-1, *delta.shape[-3:]).transpose(3, 0, 1, 2)
+
+
+def gradient_at(layer: Layer, h: Array, delta: Array, column: Array, output: Array) -> Array:
+    """dL/dw of the connections (column, output) of a layer; h and delta from `by_unit`.
+
+    Column is (kx, ky, i) flattened: int32 (n,), (n,) -> float (n,), at least float32.
+    """
+    gradient = dense_gradient_at if layer.kind == "dense" else conv_gradient_at
+    return gradient(layer, h, delta, column, output)
+
+
+def dense_gradient_at(layer: Layer, h: Array, delta: Array, column: Array, output: Array) -> Array:
+    """sum_b h[i, b] delta[o, b]. Shapes: (n_in, B), (n_out, B) -> (n,)."""
+    dtype = jnp.promote_types(h.dtype, jnp.float32)
 
     def one(position):
-        return jnp.sum(h_t[position[0]] * delta_t[position[1]], dtype=jnp.float32)
+        return jnp.sum(h[position[0]] * delta[position[1]], dtype=dtype)
 
-    return lax.map(one, (i, o), batch_size=_chunk(h_t.shape[1], subset.size))
+    return lax.map(one, (column, output), batch_size=_chunk(h.shape[1], column.size))
 
 
-def conv_gradient_on(layer: Layer, h: Array, delta: Array, subset: Array) -> Array:
-    """sum_bxy h[b, x s + kx d, y s + ky d, i] delta[b, x, y, o] for each (kx, ky, i, o) in S."""
-    kx, ky, i, o = jnp.unravel_index(subset, layer.shape)
-    h = h.reshape(-1, *h.shape[-3:])
-    delta = delta.reshape(-1, *delta.shape[-3:])
-    pads = layer.pads(h.shape[1:3])
-    channels = jnp.pad(h, ((0, 0), *pads, (0, 0))).transpose(3, 0, 1, 2)
-    errors = delta.transpose(3, 0, 1, 2)
+def conv_gradient_at(layer: Layer, h: Array, delta: Array, column: Array, output: Array) -> Array:
+    """sum_bxy h[i, b, x s + kx d, y s + ky d] delta[o, b, x, y]. (n_in, B, H, W) -> (n,)."""
+    channels, errors = h, delta
+    dtype = jnp.promote_types(h.dtype, jnp.float32)
     (sx, sy), (dx, dy) = layer.strides, layer.dilation
     batch, out_x, out_y = errors.shape[1:]
     window = (1, batch, (out_x - 1) * sx + 1, (out_y - 1) * sy + 1)
+    kx, ky, i = jnp.unravel_index(column, layer.shape[:3])
 
     def one(position):
         kx, ky, i, o = position
         corner = (i, jnp.zeros_like(i), kx * dx, ky * dy)
         seen = lax.dynamic_slice(channels, corner, window)[0, :, ::sx, ::sy]
-        return jnp.sum(seen * errors[o], dtype=jnp.float32)
+        return jnp.sum(seen * errors[o], dtype=dtype)
 
-    return lax.map(one, (kx, ky, i, o), batch_size=_chunk(batch * out_x * out_y, subset.size))
+    chunk = _chunk(batch * out_x * out_y, column.size)
+    return lax.map(one, (kx, ky, i, output), batch_size=chunk)
 
 
 def _chunk(elements: int, candidates: int) -> int:
@@ -170,3 +186,83 @@ def gradient_on(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], S: M
             return loss({"probes": collection, "subset": subset})
 
     return jax.grad(probed)({path: jnp.zeros(s.size, jnp.float32) for path, s in S.items()})
+
+
+@jax.custom_vjp
+def tap_both(h: Array, y: Array, h_probe: Array, y_probe: Array) -> Array:
+    """y, unchanged; the cotangents of the probes, shaped as h and y, are h and delta."""
+    return y
+
+
+def _both_forward(h, y, h_probe, y_probe):
+    return y, h
+
+
+def _both_backward(h, delta):
+    return None, delta, h, delta
+
+
+tap_both.defvjp(_both_forward, _both_backward)
+
+
+def observe(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]):
+    """h and delta of every layer, units first, its calls along the batch: {path: (h, delta)}.
+
+    What `gradient_at` reads. Errors: a layer whose calls `nn.jit` hides behind one trace.
+    """
+    calls = _calls(layers, loss)
+    seen = {path: 0 for path in layers}
+
+    def tap(layer, module, h, y):
+        call, seen[layer.path] = seen[layer.path], seen[layer.path] + 1
+        if call >= len(calls[layer.path]):
+            return y
+        probe = module.get_variable("probes", str(call))
+        return tap_both(h, y, probe["h"], probe["y"])
+
+    zeros = {
+        path: {str(n): jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), s) for n, s in each}
+        for path, each in ((path, list(enumerate(shapes))) for path, shapes in calls.items())
+    }
+
+    def probed(probes):
+        with intercepted(layers, tap):
+            return loss({"probes": nested(probes)})
+
+    cotangents = jax.grad(probed)(zeros)
+    for path, shapes in calls.items():
+        if seen[path] != len(shapes):
+            raise ConfigError(
+                f"layer {path!r} is called {len(shapes)} times, but nn.jit hides all but "
+                f"{seen[path]}; call it once, or leave it dense with sparse=lambda path: ..."
+            )
+    units = {
+        path: [by_unit(layers[path], p["h"], p["y"]) for p in c.values()]
+        for path, c in cotangents.items()
+    }
+    # The batch is the axis after the units.
+    return {
+        path: tuple(jnp.concatenate(a, 1) if len(a) > 1 else a[0] for a in zip(*u, strict=True))
+        for path, u in units.items()
+    }
+
+
+def _calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> dict[str, list]:
+    """The shapes of h and y in every call of every layer, in call order; nothing is computed."""
+    calls: dict[str, list] = {path: [] for path in layers}
+
+    def record(next_fun, args, kwargs, context):
+        module = context.module
+        layer = layers.get(layer_path(module)) if is_layer(module) else None
+        if context.method_name != "__call__" or layer is None:
+            return next_fun(*args, **kwargs)
+        h = jnp.asarray(args[0] if args else kwargs["inputs"])
+        y = skipped(layer, module, h)
+        shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
+        calls[layer.path].append({"h": shape(h), "y": shape(y)})
+        return y
+
+    # Without jit: a layer under nn.jit that was traced before would not be seen.
+    with nn.intercept_methods(record), jax.disable_jit():
+        jax.eval_shape(lambda: loss({}))
+    return calls

@@ -21,15 +21,16 @@ import optax
 from jax import lax
 
 from dst.config import ConfigError
+from dst.explore import sparse_rewire_body
 from dst.heuristics import HEURISTICS, ON_HOST
 from dst.masks import active_count, dead_units
 from dst.methods import Method
 from dst.moments import recognise, reset_inactive
 from dst.network import Network
+from dst.plan import floors, plan
 from dst.probes import gradient_on
 from dst.sample import draw_subset
-from dst.schedules import drop_counts, events, largest_remainder
-from dst.state import SparseState, kernels_of
+from dst.state import SparseState, active_counts, kernels_of
 from dst.update import (
     AXIS,
     REWIRE_STREAM,
@@ -46,31 +47,13 @@ Array = jax.Array
 ByLayer = dict[str, Array]
 
 
-# ---------------------------------------------------------------------------- the whole run's plan
-def plan(net: Network, method: Method) -> tuple[np.ndarray, np.ndarray]:
-    """|P_t| (E,) and |S_{l,t}| (E, L) of every rewire event, exact integers, and a last row of 0.
-
-    |P_t| = floor(p_t K); |S_t| = min(ceil(c |P_t|), N) is split over layers in proportion to |W_l|.
-    """
-    K = active_count(net.possible, method.sparsity)
-    sizes = [layer.size for layer in net.layers.values()]
-    P = drop_counts(K, method.drop_fraction, method.every, method.end)
-    P = np.append(np.minimum(P, net.possible - K), 0).astype(np.int32)
-    asked = np.ceil(method.subset_ratio * P).astype(np.int64)
-    S = np.stack([largest_remainder(int(s), sizes, sizes) for s in asked])
-    return P, S.astype(np.int32)
-
-
-def due(method: Method, step: int) -> bool:
-    """Whether `method` rewires before this step's update: at every, 2 every, ... below the end."""
-    return method.grows and step in events(method.every, method.end)
-
-
 # ------------------------------------------------------------------------------ the step, Figure 1
 def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, loss: Loss):
     """One rewire on one device's share of the batch: (state, batch, f x g) -> (state, report)."""
     if not method.grows:
         raise ConfigError(f"method is {method.name!r}, whose connections never move.")
+    if net.execution == "sparse":
+        return sparse_rewire_body(net, tx, method, loss)
     P_t, S_t = plan(net, method)
     P_max, S_max = int(P_t[0]), S_t[0]
     choose = subset(net, method, loss) if method.heuristic else everything
@@ -86,18 +69,28 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         best = jnp.where(join(valid), join(scores), -jnp.inf)
         # With fewer candidates than |P_t| fewer are dropped, never more than can grow.
         k = jnp.minimum(jnp.asarray(P_t)[event], jnp.isfinite(best).sum(dtype=jnp.int32))
-        survivors, A = exchange(
-            join(state.masks),
-            join(kernels_of(state.params, state.masks)),
-            join(positions(net, S)),
-            best,
-            k,
-            P_max,
-        )
+        A, w = join(state.masks), join(kernels_of(state.params, state.masks))
+        if method.floor:
+            w, k = protect(floors(net, method), state, k)
+        survivors, A = exchange(A, w, join(positions(net, S)), best, k, P_max)
         state = reconnect(tx, state, apart(net, A), apart(net, survivors))
         return state, report(state, k, asked if method.heuristic else None, valid, finite)
 
     return body
+
+
+def protect(keep: np.ndarray, state: SparseState, k: Array) -> tuple[Array, Array]:
+    """The weights, infinite for the keep[l] strongest of layer l, and k, at most the other ones.
+
+    Shapes: keep (L,), weights (N,), k int32 (). Of equals the first in layer order is kept.
+    """
+    weights, others = {}, jnp.int32(0)
+    for n, (path, w) in zip(keep, kernels_of(state.params, state.masks).items(), strict=True):
+        mask = state.masks[path].ravel()
+        _, strongest = lax.top_k(jnp.where(mask, jnp.abs(w.ravel()), -jnp.inf), int(n))
+        weights[path] = w.ravel().at[strongest].set(jnp.inf)
+        others += jnp.maximum(mask.sum(dtype=jnp.int32) - int(n), 0)
+    return join(weights), jnp.minimum(k, others)
 
 
 def exchange(A: Array, w: Array, S: Array, score: Array, k: Array, size: int):

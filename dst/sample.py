@@ -13,7 +13,6 @@ Array = jax.Array
 # jax.random.categorical builds draws x n noise. 2^20 float32 (4 MiB) bound that; above, the same
 # law comes from inverting the cumulative sum.
 CATEGORICAL_ELEMENTS = 2**20
-TINY = 1.2e-38  # above the smallest normal float32
 
 
 def draw_units(key: Array, p: Array, draws: int) -> Array:
@@ -25,25 +24,40 @@ def draw_units(key: Array, p: Array, draws: int) -> Array:
     if draws * p.size <= CATEGORICAL_ELEMENTS:
         logits = jnp.log(p)[..., None, :]
         return jax.random.categorical(key, logits, shape=shape).astype(jnp.int32)
-    cumulative = jnp.cumsum(p / jnp.maximum(p.max(-1, keepdims=True), TINY), axis=-1)
-    # XLA sums in a tree: rounding makes steps down, and steps at units of weight 0. Take them out.
-    cumulative = lax.cummax(jnp.where(p > 0, cumulative, 0.0), axis=p.ndim - 1)
-    total = cumulative[..., -1:]
-    u = jnp.minimum(jax.random.uniform(key, shape) * total, jnp.nextafter(total, 0.0))
+    cumulative = jnp.cumsum(_shares(p), axis=-1)
+    u = _scale(jax.random.bits(key, shape, jnp.uint32), cumulative[..., -1:])
     search = jnp.vectorize(
         lambda c, v: jnp.searchsorted(c, v, side="right"), signature="(n),(m)->(m)"
     )
     return jnp.minimum(search(cumulative, u), p.shape[-1] - 1).astype(jnp.int32)
 
 
-def draw_positions(key: Array, f: Array, g: Array, shape: tuple[int, ...], draws: int) -> Array:
-    """Flat kernel positions from f x g, the position in a convolution's window uniform (App. C)."""
+def _shares(p: Array) -> Array:
+    """Integers in proportion to p, in sum about 2^31: float32 would lose units among a million."""
+    top = p.max(-1, keepdims=True)
+    p = p / jnp.where(top > 0, top, 1)
+    share = (p / jnp.maximum(p.sum(-1, keepdims=True), 1) * 2.0**31).astype(jnp.uint32)
+    return jnp.where(p > 0, jnp.maximum(share, 1), 0)
+
+
+def _scale(random: Array, total: Array) -> Array:
+    """floor(random total / 2^32) in uint32, from products of 16 bits."""
+    (a, b), (c, d) = ((x >> 16, x & 0xFFFF) for x in (random, total))
+    middle = (b * d >> 16) + (a * d & 0xFFFF) + (b * c & 0xFFFF)
+    return a * c + (a * d >> 16) + (b * c >> 16) + (middle >> 16)
+
+
+def draw_pairs(key: Array, f: Array, g: Array, shape: tuple[int, ...], draws: int):
+    """Columns and outputs from f x g, the place in a convolution's window uniform (App. C).
+
+    Shapes: f (n_in,), g (n_out,) -> int32 (draws,), (draws,); column is (kx, ky, i) flattened.
+    """
     marginals = [f, g] if len(shape) == 2 else [f, g, jnp.ones(math.prod(shape[:-2]), f.dtype)]
     n = max(p.size for p in marginals)
     # One call for all marginals: random bits are what takes long to compile.
     p = jnp.stack([jnp.pad(p, (0, n - p.size)) for p in marginals])
     i, o, *xy = draw_units(key, p, draws)
-    return (sum(xy) * shape[-2] + i) * shape[-1] + o
+    return sum(xy) * shape[-2] + i, o
 
 
 def draw_subset(
@@ -68,7 +82,8 @@ def draw_subset(
     possible = (f.max() > 0) & (g.max() > 0)
 
     def one_round(i, held):
-        drawn = draw_positions(jax.random.fold_in(key, i), f, g, mask.shape, size)
+        column, output = draw_pairs(jax.random.fold_in(key, i), f, g, mask.shape, size)
+        drawn = column * mask.shape[-1] + output
         drawn = jnp.where(possible & ~flat[drawn], drawn, nowhere)
         return first_distinct(jnp.concatenate([held, drawn]), nowhere)[:size]
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct, traverse_util
 
-from dst.masks import fan_in_weights, layer_counts, random_mask
+from dst.arena import VALUES, Arena, Connections, fill, lay_out
+from dst.execution import init_rest
+from dst.masks import fan_in_weights, layer_counts, random_positions
 from dst.methods import Method
-from dst.moments import recognise
+from dst.moments import recognise, refuse_unless_coordinate_wise
 from dst.network import Network
 
 Array = jax.Array
@@ -31,12 +32,15 @@ class Progress(struct.PyTreeNode):
 
 
 class SparseState(struct.PyTreeNode):
-    """Immutable training state; inactive connections are exactly 0 in `params` and `opt_state`."""
+    """Immutable training state: what is inactive is exactly 0 in `params` and `opt_state`.
+
+    In sparse execution it is not there at all: see `dst.arena`.
+    """
 
     step: Array  # int32 ()
     params: Any
     batch_stats: Any  # every other variable collection of the model
-    masks: dict[str, Array]  # layer path -> bool, the kernel's shape
+    masks: Connections  # layer path -> bool, the kernel's shape; or the arena's structure
     opt_state: optax.OptState
     key: Array  # all randomness is fold_in(key, step)
     method: Any  # the method's own arrays
@@ -48,26 +52,42 @@ def fresh_progress() -> Progress:
     return Progress(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(3e38), jnp.int32(0))
 
 
+def first_counts(net: Network, method: Method) -> dict[str, int]:
+    """Connections of each layer at step 0; their sum is K."""
+    shapes = {path: layer.shape for path, layer in net.layers.items()}
+    return layer_counts(shapes, method.sparsity, method.distribution)
+
+
 def init_state(
     net: Network, tx: optax.GradientTransformation, method: Method, key: Array
 ) -> SparseState:
     """A network of exactly K random connections: G(n, M) masks, fan-in scaled weights (Sec. 4.1).
 
-    Everything but the sparse kernels comes from the model's own initialisers. Errors: an optimizer
-    whose state `dst` cannot keep sparse.
+    Everything but the sparse kernels comes from the model's own initialisers, and the same key
+    gives both executions the same network. Errors: an optimizer whose state `dst` cannot keep
+    sparse.
     """
     mask_key, weight_key, model_key, run_key = jax.random.split(key, 4)
-    shapes = {path: layer.shape for path, layer in net.layers.items()}
-    counts = layer_counts(shapes, method.sparsity, method.distribution)
-    masks, kernels = {}, {}
-    for i, (path, shape) in enumerate(shapes.items()):
-        mask = random_mask(jax.random.fold_in(mask_key, i), shape, counts[path])
-        weights = fan_in_weights(jax.random.fold_in(weight_key, i), mask, method.gain)
-        kernels[path] = jnp.asarray(weights)
-        masks[path] = jnp.asarray(mask)
+    counts = first_counts(net, method)
+
+    def connections():
+        for l, (layer, count) in enumerate(zip(net.layers.values(), counts.values(), strict=True)):
+            position = random_positions(jax.random.fold_in(mask_key, l), layer.size, count)
+            seed, output = jax.random.fold_in(weight_key, l), position % layer.n_out
+            yield position, fan_in_weights(seed, output, layer.n_out, method.gain)
+
     variables = init_rest(net, model_key)
-    params = with_kernels(variables.pop("params", {}), kernels)
-    recognise(jax.eval_shape(tx.init, params), params, masks)
+    params = variables.pop("params")
+    masks: Connections
+    if net.execution == "sparse":
+        refuse_unless_coordinate_wise(tx, params, net.layers)
+        masks, values = fill(lay_out(net, counts), connections())
+        params = {**params, VALUES: {"kernel": jnp.asarray(values)}}
+        recognise(jax.eval_shape(tx.init, params), params, {VALUES: values})
+    else:
+        masks, kernels = densely(net, connections())
+        params = with_kernels(params, kernels)
+        recognise(jax.eval_shape(tx.init, params), params, masks)
     return SparseState(
         step=jnp.int32(0),
         params=params,
@@ -80,19 +100,28 @@ def init_state(
     )
 
 
-def init_rest(net: Network, key: Array) -> dict[str, Any]:
-    """All variables of the model but its sparse kernels, from the model's own initialisers."""
+def densely(net: Network, connections: Iterable) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Masks and kernels of masked execution, from each layer's flat positions and values."""
+    masks, kernels = {}, {}
+    for layer, (position, weights) in zip(net.layers.values(), connections, strict=True):
+        mask, kernel = np.zeros(layer.size, bool), np.zeros(layer.size, np.float32)
+        mask[position], kernel[position] = True, weights
+        masks[layer.path] = jnp.asarray(mask.reshape(layer.shape))
+        kernels[layer.path] = jnp.asarray(kernel.reshape(layer.shape))
+    return masks, kernels
 
-    # Jitted, so that XLA drops the forward pass and the kernels, which nothing uses.
-    @jax.jit
-    def init(key):
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), net.args)
-        variables = flax.core.unfreeze(net.model.init(key, *zeros, **net.kwargs))
-        flat = traverse_util.flatten_dict(variables.get("params", {}), sep="/")
-        rest = {k: v for k, v in flat.items() if k.removesuffix("/kernel") not in net.layers}
-        return {**variables, "params": traverse_util.unflatten_dict(rest, sep="/")}
 
-    return init(key)
+def masks_of(state: SparseState) -> dict[str, Array]:
+    """The masks of masked execution; none in sparse execution, where nothing is inactive."""
+    return {} if isinstance(state.masks, Arena) else state.masks
+
+
+def active_counts(connections: Connections) -> dict[str, Array]:
+    """Connections of each layer: int32 scalars."""
+    if isinstance(connections, Arena):
+        paths = [part.layer.path for part in connections.parts]
+        return dict(zip(paths, connections.counts(), strict=True))
+    return {path: mask.sum(dtype=jnp.int32) for path, mask in connections.items()}
 
 
 def kernels_of(params: Any, masks: Mapping[str, Any]) -> dict[str, Array]:
@@ -108,7 +137,10 @@ def with_kernels(params: Any, kernels: Mapping[str, Array]) -> Any:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def sparsity_of(masks: Mapping[str, Array]) -> float:
+def sparsity_of(connections: Connections) -> float:
     """Share of inactive connections, from exact counts on the host."""
-    active = sum(int(np.count_nonzero(m)) for m in masks.values())
-    return 1.0 - active / sum(m.size for m in masks.values())
+    if isinstance(connections, Arena):
+        possible = sum(part.layer.size for part in connections.parts)
+        return 1.0 - connections.column.size / possible
+    active = sum(int(np.count_nonzero(m)) for m in connections.values())
+    return 1.0 - active / sum(m.size for m in connections.values())

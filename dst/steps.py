@@ -60,6 +60,7 @@ def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
         heuristic=config.heuristic,
         distribution=config.distribution,
         drop_fraction=config.drop_fraction,
+        floor=config.layer_floor,
         every=config.rewire_every,
         end=config.rewire_end_epoch * steps_per_epoch,
         subset_ratio=config.subset_ratio,

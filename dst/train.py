@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +24,19 @@ from ml_collections import ConfigDict
 from dst import checkpoint, data, log, models, steps
 from dst.config import check_devices
 from dst.evaluate import make_evaluate
+from dst.masks import thinned
 from dst.methods import Method
 from dst.network import Network, network
-from dst.rewire import due
-from dst.state import SparseState, fresh_progress, init_state, sparsity_of
+from dst.plan import due
+from dst.products import tier
+from dst.state import (
+    SparseState,
+    active_counts,
+    first_counts,
+    fresh_progress,
+    init_state,
+    sparsity_of,
+)
 from dst.steps import Resident, Steps, make_steps, method_of, optimizer, schedule
 from dst.update import replicate
 
@@ -55,6 +65,7 @@ class Parts(NamedTuple):
     per_epoch: int
     looped: bool  # several steps a dispatch
     save: Callable[[SparseState], None]
+    thinned: Callable[[dict[str, int]], list[tuple[str, int, int]]]  # layers that lost nearly all
     writer: log.Log
 
     @property
@@ -70,10 +81,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """
     # ---- Build
     log.refuse_another_run(workdir, config.to_dict())
+    if config.execution == "sparse":
+        log.say(f"Sparse execution: {tier()}.")
     devices = jax.local_devices()[: check_devices(config, jax.local_device_count())]
     dataset = data.load(config.dataset, config.data_dir, config.validation_size)
     example = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
-    net = network(models.build(config, dataset.num_classes), example, train=False)
+    model = models.build(config, dataset.num_classes)
+    net = network(model, example, train=False, execution=config.execution)
     per_epoch = data.steps_per_epoch(len(dataset.train_labels), config.batch_size)
     rule, rate = method_of(config, per_epoch), schedule(config, per_epoch)
     tx = optimizer(config, rate)
@@ -114,6 +128,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             per_epoch=per_epoch,
             looped=steps.looped(devices),
             save=lambda state: checkpoint.save(manager, state, record),
+            thinned=thinned(first_counts(net, rule)),
             writer=writer,
         )
         try:
@@ -258,13 +273,18 @@ def rewire(run: Parts, state: SparseState, step: int) -> SparseState:
             f"a score or weight is NaN or infinite in the rewire of step {step}"
         )
     run.writer.write("rewire", step, **report, seconds=time.monotonic() - begin)
+    for path, now, first in run.thinned(report["active"]):
+        log.say(
+            f"Layer {path} has {now} of its first {first} connections after the rewire of step "
+            f"{step}; --config.layer_floor sets a share that every layer keeps."
+        )
     return state
 
 
 def end(run: Parts, state: SparseState, step: int) -> None:
     """The last line of the log."""
     test = {f"test_{name}": value for name, value in run.evaluate(state).items()}
-    active = {path: int(np.count_nonzero(mask)) for path, mask in state.masks.items()}
+    active = jax.device_get(active_counts(state.masks))
     early = step < run.total
     run.writer.write(
         "end",
@@ -274,6 +294,7 @@ def end(run: Parts, state: SparseState, step: int) -> None:
         sparsity=sparsity_of(state.masks),
         active=active,
         possible={path: layer.size for path, layer in run.net.layers.items()},
+        peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         reason=f"no better loss for {run.config.patience} epochs" if early else "all epochs done",
     )
     log.say(

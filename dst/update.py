@@ -1,11 +1,10 @@
-"""The training step of a masked network; the only place that says pmap."""
+"""The training step, on either kind of connections; the only place that says pmap."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +13,10 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dst.config import ConfigError
-from dst.convolution import faster
+from dst.execution import forward
 from dst.moments import recognise, reset_inactive
 from dst.network import Network
-from dst.state import SparseState, kernels_of, with_kernels
+from dst.state import SparseState, kernels_of, masks_of, with_kernels
 
 Array = jax.Array
 AXIS = "devices"
@@ -89,11 +88,11 @@ def run_loss(
     rngs = {"dropout": jax.random.fold_in(stream(state, DROPOUT_STREAM), jax.lax.axis_index(AXIS))}
 
     def apply(*args, **kwargs):
-        variables = {"params": params, **state.batch_stats, **updated, **(extra or {})}
-        with nn.intercept_methods(faster):
-            outputs, new = net.model.apply(
-                variables, *args, rngs=rngs, mutable=list(state.batch_stats), **kwargs
-            )
+        collections = {**state.batch_stats, **updated, **(extra or {})}
+        mutable = list(state.batch_stats)
+        outputs, new = forward(
+            net, params, state.masks, collections, *args, rngs=rngs, mutable=mutable, **kwargs
+        )
         updated.update(new)
         return outputs
 
@@ -122,15 +121,16 @@ def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> C
     """One step on one device's share of the batch: (state, batch) -> (state, metrics)."""
 
     def body(state: SparseState, batch: Any) -> tuple[SparseState, dict[str, Array]]:
-        owners = recognise(state.opt_state, state.params, state.masks)
+        masks = masks_of(state)
+        owners = recognise(state.opt_state, state.params, masks)
         objective = lambda params: run_loss(net, loss, params, state, batch)  # noqa: E731
         gradients, run = jax.grad(objective, has_aux=True)(state.params)
         gradients, run = jax.tree.map(average, (gradients, run))
         finite = all_finite((run.loss, gradients))
-        gradients = mask_kernels(gradients, state.masks)
+        gradients = mask_kernels(gradients, masks)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = mask_kernels(optax.apply_updates(state.params, updates), state.masks)
-        opt_state = reset_inactive(opt_state, tx.init(params), owners, state.masks)
+        params = mask_kernels(optax.apply_updates(state.params, updates), masks)
+        opt_state = reset_inactive(opt_state, tx.init(params), owners, masks)
         seen = state.progress
         progress = seen.replace(
             loss_sum=seen.loss_sum + run.loss,

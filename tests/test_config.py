@@ -30,10 +30,12 @@ BAD = {
     "hidden": [(), (0,), (1.5,), (True,), 1024, ("a",), [64]],
     "precision": ["float16"],
     "method": ["RigL", "", None],
+    "execution": ["dense", "Sparse", None],
     "heuristic": ["nope", 3],
     "sparsity": [1.2, 1.0, -0.1, math.nan, math.inf, "0.9", False, None],
     "distribution": ["ERK"],
     "drop_fraction": [-0.1, 1.1, math.nan],
+    "layer_floor": [-0.1, 1.0, math.nan, True],
     "rewire_every": [0, 1e3],
     "rewire_end_epoch": [0, -1, 1.5],
     "subset_ratio": [0.9, math.nan, math.inf],
@@ -82,6 +84,10 @@ GOOD = [
     {"lr_drop_epochs": ()},
     {"hidden": (5,), "model": "mlp", "dataset": "digits"},
     {"depth": 8},
+    {"layer_floor": 0},
+    {"layer_floor": 0.99},
+    *({"execution": "sparse", "method": name} for name in ("random", "set", "gse")),
+    *({"execution": "masked", "method": name} for name in ("dense", "rigl")),
     {"seed": 2**32 - 1},
     {"batch_size": 40_000, "validation_size": 10_000},
 ]
@@ -97,6 +103,14 @@ def test_mistakes_that_need_two_fields():
         config_lib.validate(changed(validation_size=49_873))
     with pytest.raises(ConfigError, match=r"model 'vgg' .* dataset 'digits'"):
         config_lib.validate(changed(model="vgg", dataset="digits"))
+    for method, why in {"rigl": "gradient of every possible", "dense": "no inactive"}.items():
+        with pytest.raises(ConfigError) as caught:
+            config_lib.validate(changed(execution="sparse", method=method))
+        sentence = str(caught.value)
+        assert sentence.startswith(
+            "method must be 'random', 'set' or 'gse' with execution 'sparse'"
+        )
+        assert f"{method!r}" in sentence and why in sentence and sentence.endswith(".")
 
 
 def test_unknown_and_missing_fields():
@@ -157,4 +171,5 @@ def test_the_defaults_are_the_papers():
     assert (config.lr_drop_epochs, config.lr_drop_factor) == ((80, 120), 0.1)
     assert (config.momentum, config.weight_decay, config.patience) == (0.9, 1e-4, 50)
     assert (config.drop_fraction, config.rewire_every, config.subset_ratio) == (0.2, 1000, 10.0)
+    assert (config.layer_floor, config.execution) == (0.0, "masked")
     assert (config.method, config.heuristic, config.distribution) == ("gse", "grabo", "uniform")

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from dst import masks
 from dst.config import ConfigError
 from dst.masks import (
     DISTRIBUTIONS,
@@ -21,7 +22,11 @@ from dst.masks import (
     layer_counts,
     layer_densities,
     random_mask,
+    random_positions,
+    thinned,
 )
+from tests.tiny import kernels as kernels_of
+from tests.tiny import setup
 
 ORACLE_8 = {"conv1": (3, 3, 3, 16), "conv2": (3, 3, 16, 32), "fc": (32, 10)}
 kernels = st.one_of(
@@ -102,7 +107,74 @@ def test_an_unknown_distribution_is_named():
         layer_counts({"a": (2, 2)}, 0.5, "erdos")
 
 
+# -------------------------------------------------------------------------------- G(n, M) positions
+@settings(deadline=None, max_examples=80)
+@given(
+    size=st.one_of(st.integers(0, 60), st.integers(2**32 + 1, 2**62)),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_positions_are_distinct_and_sorted_whatever_the_size(size, share, seed):
+    for count in {0, round(share * min(size, 60)), min(size, 60)}:
+        found = random_positions(jax.random.key(seed), size, count)
+        assert (found.shape, found.dtype) == ((count,), np.int64)
+        assert (np.diff(found) > 0).all()
+        assert count == 0 or (found[0] >= 0 and found[-1] < size)
+
+
+def test_positions_of_a_matrix_of_2_to_the_40_are_uniform():
+    size, count = 2**40, 20_000
+    found = random_positions(jax.random.key(1), size, count)
+    assert stats.kstest(found / size, "uniform").pvalue > 1e-4
+    assert stats.kstest(found % 2**20 / 2**20, "uniform").pvalue > 1e-4  # the low bits: outputs
+    other = random_positions(jax.random.key(2), size, count)
+    assert len(np.intersect1d(found, other)) < 5
+
+
+def peak_memory(run):
+    """The most bytes that `run` held at once."""
+    run()  # whatever is imported or compiled on the first call
+    tracemalloc.start()
+    run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("size", [2**40, 2**20 + 2**19])  # sparse; the complement is drawn
+def test_positions_take_a_few_copies_of_themselves(size):
+    count, key = 2**20, jax.random.key(0)
+    assert peak_memory(lambda: random_positions(key, size, count)) < 3 * 8 * count
+
+
+@pytest.mark.parametrize(("count", "most"), [(4096, 0), (4000, 100), (2048, 3000)])
+def test_few_are_drawn_of_a_dense_layer(monkeypatch, count, most):
+    """Without the complement the last of n positions would take about n draws."""
+    drawn, make = [], masks._generator
+
+    class Counting:
+        def __init__(self, key):
+            self.rng = make(key)
+
+        def integers(self, high, size):
+            drawn.append(size)
+            return self.rng.integers(high, size=size)
+
+    monkeypatch.setattr(masks, "_generator", Counting)
+    assert len(random_positions(jax.random.key(0), 4096, count)) == count
+    assert sum(drawn) <= most
+
+
 # ------------------------------------------------------------------------------------ G(n, M) masks
+@settings(deadline=None, max_examples=40)
+@given(shape=kernels, share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
+def test_a_mask_is_its_positions(shape, share, seed):
+    size, key = math.prod(shape), jax.random.key(seed)
+    count = round(share * size)
+    mask = random_mask(key, shape, count)
+    np.testing.assert_array_equal(np.flatnonzero(mask), random_positions(key, size, count))
+
+
 @settings(deadline=None, max_examples=60)
 @given(shape=kernels, share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
 def test_a_mask_has_exactly_m_connections(shape, share, seed):
@@ -135,43 +207,69 @@ def test_every_position_and_every_pair_is_equally_likely(count):
 def test_a_mask_needs_no_more_than_itself_and_its_indices():
     count = 4096 * 4096 // 100
     key = jax.random.key(0)
-    random_mask(key, (8, 8), 5)  # whatever is imported or compiled on the first call
-    tracemalloc.start()
-    random_mask(key, (4096, 4096), count)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    peak = peak_memory(lambda: random_mask(key, (4096, 4096), count))
     assert peak < 1.2 * 4096 * 4096 + 4 * 8 * count
 
 
 @pytest.mark.parametrize("count", [-1, 7])
 def test_impossible_counts_are_refused(count):
-    with pytest.raises(ConfigError, match=rf"^count is {count}; allowed is 0 to 6 .*\.$"):
+    with pytest.raises(ConfigError, match=rf"^count is {count}; allowed is 0 to 6, .*\.$"):
         random_mask(jax.random.key(0), (2, 3), count)
 
 
 # ---------------------------------------------------------------------------- fan-in scaled weights
 def test_weights_scale_with_the_fan_in_of_their_own_unit():
-    mask = np.array([[1, 0, 1, 0], [1, 1, 0, 0]], bool)
-    key = jax.random.key(0)
-    sparse = np.asarray(fan_in_weights(key, mask))
-    dense = np.asarray(fan_in_weights(key, np.ones_like(mask)))  # std 1 for gain 2, fan-in 2
-    std = np.array([1.0, math.sqrt(2), math.sqrt(2), 0.0])
-    np.testing.assert_allclose(sparse, np.where(mask, dense * std, 0), rtol=1e-6)
-    assert not sparse[~mask].any()
-    unit_gain = np.asarray(fan_in_weights(key, mask, gain=1.0))
-    np.testing.assert_allclose(unit_gain, sparse / math.sqrt(2), rtol=1e-6)
+    key, output = jax.random.key(0), np.array([0, 2, 0, 1])
+    weights = fan_in_weights(key, output, 4)
+    assert (weights.shape, weights.dtype) == ((4,), np.float32)
+    normal = fan_in_weights(key, np.arange(4), 4, gain=1.0)  # fan-in 1 and gain 1: std 1
+    std = np.array([1.0, math.sqrt(2), 1.0, math.sqrt(2)])
+    np.testing.assert_allclose(weights, normal * std, rtol=1e-6)
+    np.testing.assert_allclose(fan_in_weights(key, output, 4, gain=0.5), weights / 2, rtol=1e-6)
+    assert fan_in_weights(key, np.zeros(0, np.int64), 4).shape == (0,)
 
 
-@pytest.mark.parametrize("shape", [(40_000, 3), (5, 8, 1000, 3)])
-def test_variance_is_two_over_the_fan_in_in_every_unit(shape):
-    fan_in = (40_000, 10_000, 400)  # in a convolution over the window and its channels
-    mask = np.zeros((40_000, 3), bool)
+def test_variance_is_two_over_the_fan_in_in_every_unit():
+    fan_in = (40_000, 10_000, 400)
+    output = np.random.default_rng(0).permutation(np.repeat(np.arange(3), fan_in))
+    weights = fan_in_weights(jax.random.key(9), output, 3).astype(np.float64)
     for unit, count in enumerate(fan_in):
-        mask[:, unit] = random_mask(jax.random.key(unit), (40_000,), count)
-    weights = np.asarray(fan_in_weights(jax.random.key(9), mask.reshape(shape)), np.float64)
-    for unit, count in enumerate(fan_in):
-        w = weights.reshape(-1, 3)[mask[:, unit], unit]
+        w = weights[output == unit]
         assert stats.kstest(w / math.sqrt(2 / count), "norm").pvalue > 1e-4
+
+
+def test_weights_are_drawn_for_the_connections_alone():
+    n_out, count = 2**12, 2**16  # of 2^24 possible ones
+    output = random_positions(jax.random.key(0), n_out**2, count) % n_out
+    peak = peak_memory(lambda: fan_in_weights(jax.random.key(1), output, n_out))
+    assert peak < 3 * 4 * count + 4 * 8 * n_out
+
+
+@pytest.mark.parametrize("name", ["gse", "dense"])
+def test_a_new_network_is_its_positions_and_weights(name):
+    """What any other execution must start from, given the same key: these bits."""
+    parts = setup(name, sparsity=0.7, seed=5)
+    mask_key, weight_key, *_ = jax.random.split(jax.random.key(5), 4)
+    shapes = {path: layer.shape for path, layer in parts.net.layers.items()}
+    counts = layer_counts(shapes, parts.method.sparsity)
+    found = kernels_of(parts.state.params, parts.state)
+    for l, (path, shape) in enumerate(shapes.items()):
+        key = jax.random.fold_in(mask_key, l)
+        position = random_positions(key, math.prod(shape), counts[path])
+        key = jax.random.fold_in(weight_key, l)
+        weights = fan_in_weights(key, position % shape[-1], shape[-1])
+        np.testing.assert_array_equal(np.flatnonzero(parts.state.masks[path]), position)
+        np.testing.assert_array_equal(found[path].ravel()[position], weights)
+        assert np.count_nonzero(found[path]) == counts[path]
+
+
+# ------------------------------------------------------------------------------------- what is left
+def test_a_layer_below_a_tenth_of_its_first_count_is_told_once():
+    tell = thinned({"a": 30, "b": 5, "c": 0, "d": 1000})
+    assert tell({"a": 3, "b": 1, "c": 0, "d": 100}) == []  # a tenth is enough, c never had any
+    assert tell({"a": 2, "b": 1, "c": 0, "d": 99}) == [("a", 2, 30), ("d", 99, 1000)]
+    assert tell({"a": 30, "b": 0, "c": 0, "d": 98}) == [("b", 0, 5)]
+    assert tell({"a": 0, "b": 0, "c": 0, "d": 0}) == []
 
 
 def test_dead_units_are_counted():

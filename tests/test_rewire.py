@@ -12,7 +12,7 @@ from jax import lax
 
 import dst
 from dst import rewire as rewire_module
-from dst.rewire import plan
+from dst.plan import plan
 from dst.schedules import largest_remainder
 from tests.tiny import active, batch, kernels, loss, setup
 

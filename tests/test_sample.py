@@ -76,7 +76,9 @@ def test_the_inverse_cdf_has_no_steps_at_units_of_weight_zero(monkeypatch):
 
 def test_positions_of_a_convolution_are_uniform_in_the_window(branch):
     shape = (2, 3, F.size, G.size)
-    at = sample.draw_positions(jax.random.key(1), jnp.asarray(F), jnp.asarray(G), shape, 100_000)
+    f, g = jnp.asarray(F), jnp.asarray(G)
+    column, output = sample.draw_pairs(jax.random.key(1), f, g, shape, 100_000)
+    at = column * G.size + output
     counts = np.bincount(np.asarray(at), minlength=120).reshape(shape)
     p = np.broadcast_to(np.outer(F, G) / F.sum() / G.sum() / 6, shape)
     assert not counts[p == 0].any()

@@ -1,0 +1,134 @@
+"""Runs a model on its connections: masked kernels among the parameters, or an arena.
+
+In sparse execution an interceptor replaces the product of every sparse `nn.Dense` and `nn.Conv` of
+an unmodified model, and their kernels are never created, not even by `init`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from flax.core import tracers
+
+from dst.arena import VALUES, Arena, Connections, Part
+from dst.convolution import convolve, faster
+from dst.network import Network, is_layer, layer_path, skipped
+from dst.products import add_bias, expand, product
+
+Array = jax.Array
+
+
+def forward(
+    net: Network, params: Any, connections: Connections, collections: Mapping, *args, **kwargs
+) -> Any:
+    """`net.model.apply` on either kind of connections; `collections` are all but "params"."""
+    interceptor = faster
+    if isinstance(connections, Arena):
+        interceptor = sparse_layers(connections, params[VALUES]["kernel"])
+    variables = variables_of(params, connections, collections)
+    with nn.intercept_methods(interceptor):
+        return net.model.apply(variables, *args, **kwargs)
+
+
+def variables_of(params: Any, connections: Connections, collections: Mapping) -> dict[str, Any]:
+    """The model's variables; an arena travels as a collection, of which each layer has a copy.
+
+    Not by closure: so `nn.remat` and `nn.jit` see it as an argument.
+    """
+    if not isinstance(connections, Arena):
+        return {"params": params, **collections}
+    rest = {name: leaf for name, leaf in params.items() if name != VALUES}
+    arrays = {
+        "values": params[VALUES]["kernel"],
+        "column": connections.column,
+        "pointer": connections.pointer,
+    }
+    copies = {part.layer.path: arrays for part in connections.parts}
+    flat = {(*path.split("/"), name): a for path, c in copies.items() for name, a in c.items()}
+    return {"params": rest, **collections, VALUES: traverse_util.unflatten_dict(flat)}
+
+
+def sparse_layers(arena: Arena, values: Array) -> Callable:
+    """Interceptor: y = W h + b of the sparse layers, from the arena."""
+    parts = {part.layer.path: part for part in arena.parts}
+    passed, outside = [values], tracers.current_trace()
+
+    def interceptor(next_fun, args, kwargs, context):
+        module = context.module
+        layer = context.method_name == "__call__" and is_layer(module)
+        part = parts.get(layer_path(module)) if layer else None
+        if part is None:
+            return next_fun(*args, **kwargs)
+        bias = module.get_variable("params", "bias") if module.use_bias else None
+        h, _, bias = module.promote_dtype(
+            args[0] if args else kwargs["inputs"], values[:0], bias, dtype=module.dtype
+        )
+        # One chain of values through all layers, see `products`. A trace of its own (nn.remat,
+        # nn.jit) would leak them: such a layer begins a chain, at the cost of K more numbers.
+        chained = tracers.current_trace() == outside
+        y, left = linear(part, module, h, bias, passed[0] if chained else None)
+        if chained:
+            passed[0] = left
+        return y
+
+    return interceptor
+
+
+def linear(
+    part: Part,
+    module: nn.Module,
+    h: Array,
+    bias: Array | None = None,
+    values: Array | None = None,
+) -> tuple[Array, Array]:
+    """W h + b of a sparse layer and its `values`, by default those in the module's collection.
+
+    Shapes: (..., n_in) -> (..., n_out) in h's dtype, or the convolution of (..., H, W, n_in).
+    """
+    own = {name: module.get_variable(VALUES, name) for name in ("values", "column", "pointer")}
+    values = own["values"] if values is None else values
+    arena = Arena(own["column"], own["pointer"], ())
+    if part.layer.kind == "dense":
+        columns = h.reshape(-1, h.shape[-1]).T.astype(values.dtype)
+        y, values = product(part, values, arena, columns)
+        if bias is not None:
+            y = add_bias(y, bias.astype(y.dtype))
+        return y.T.reshape(*h.shape[:-1], part.n_out).astype(h.dtype), values
+    kernel, values = expand(part, values, arena)
+    images, kernel = h.reshape(-1, *h.shape[-3:]), kernel.astype(h.dtype)
+    if jax.default_backend() == "cpu":
+        y = convolve(part.layer, images, kernel)
+    else:
+        y = part.layer.convolve(images, kernel)
+    if bias is not None:
+        y += bias.reshape(1, 1, 1, -1)
+    return y.reshape(*h.shape[:-3], *y.shape[1:]), values
+
+
+def init_rest(net: Network, key: Array) -> dict[str, Any]:
+    """All variables of the model but its sparse kernels, from the model's own initialisers."""
+
+    def without_kernels(next_fun, args, kwargs, context):
+        module = context.module
+        layer = net.layers.get(layer_path(module)) if is_layer(module) else None
+        if context.method_name != "__call__" or layer is None:
+            return next_fun(*args, **kwargs)
+        scope = module.scope
+        if module.use_bias and not scope.has_variable("params", "bias"):
+            scope.make_rng("params")  # the kernel's: the bias is drawn as if there had been one
+            scope.param("bias", module.bias_init, (layer.n_out,), module.param_dtype)
+        return skipped(layer, module, args[0] if args else kwargs["inputs"])
+
+    @jax.jit
+    def init(key):
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), net.args)
+        with nn.intercept_methods(without_kernels):
+            return flax.core.unfreeze(net.model.init(key, *zeros, **net.kwargs))
+
+    return {"params": {}, **init(key)}

@@ -1,0 +1,138 @@
+"""C++ kernels for the products of a sparse layer and the rewire's merges, on CPUs; optional.
+
+They are compiled when dst is installed (`dst/native`) and called through XLA's typed FFI. Where
+there are none, `why_not` says so in a sentence, and `dst.products` has the same in pure JAX.
+
+A layer's connections are `values` f32 (K,) and `column` int32 (K,) of the arena, and its slice
+`pointer` int32 (blocks n_out + 1,) of offsets into them: virtual row b n_out + o holds those of
+output o from the inputs of block b. Activations are feature-major float32, (units, B).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dst.native.library import interface, library, source_hash
+
+Array = jax.Array
+
+HANDLERS = {
+    "dst_multiply": "DstMultiply",
+    "dst_backward": "DstBackward",
+    "dst_gradient_on": "DstGradientOn",
+    "dst_best": "DstBest",
+    "dst_exchange": "DstExchange",
+}
+THREADS = 0  # those of XLA's pool, if the work is worth it; tests ask for a number
+
+
+# ----------------------------------------------------------------------------------- the library
+def available() -> bool:
+    """Whether the kernels were built for this machine and can be used."""
+    return not why_not()
+
+
+@functools.cache
+def why_not() -> str:
+    """Why the kernels cannot be used, in one sentence; "" when they can."""
+    if os.environ.get("DST_KERNELS") == "0":
+        return "the compiled kernels are turned off by DST_KERNELS=0"
+    return _register(library())
+
+
+def _register(path: Path) -> str:
+    """Loads the library and makes XLA know its kernels: "" or why not."""
+    if not path.exists():
+        return "dst was installed without compiled kernels, for want of a working C++ compiler"
+    try:
+        loaded = ctypes.CDLL(str(path))
+        if _text(loaded.dst_sources) != source_hash():
+            return "the compiled kernels are older than dst/native/kernels.cc; reinstall dst"
+        # XLA would notice only when it starts, and then not start.
+        if _text(loaded.dst_interface) != interface():
+            return "the compiled kernels were built for another jaxlib; reinstall dst"
+        found = {name: jax.ffi.pycapsule(loaded[symbol]) for name, symbol in HANDLERS.items()}
+    except (OSError, AttributeError) as error:
+        return f"the compiled kernels do not load ({error}); reinstall dst"
+    for name, capsule in found.items():
+        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    return ""
+
+
+def _text(function) -> str:
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+# ---------------------------------------------------------------------------------- the products
+def multiply(values: Array, column: Array, pointer: Array, x: Array, n_out: int) -> Array:
+    """y = W x: x (n_in, B) -> (n_out, B)."""
+    y = jax.ShapeDtypeStruct((n_out, x.shape[1]), jnp.float32)
+    call = jax.ffi.ffi_call("dst_multiply", y)
+    return call(values, column, pointer, x, threads=np.int64(THREADS))
+
+
+def backward(
+    values: Array, column: Array, pointer: Array, x: Array, delta: Array, gradient: Array
+) -> tuple[Array, Array]:
+    """dx = W^T delta, and dL/dw = x . delta added to the layer's range of `gradient`.
+
+    Shapes: x (n_in, B), delta (n_out, B), gradient (K,) -> dx (n_in, B), gradient (K,), in place
+    if XLA can give it away.
+    """
+    results = (_like(x), _like(gradient))
+    call = jax.ffi.ffi_call("dst_backward", results, input_output_aliases={5: 1})
+    return tuple(call(values, column, pointer, x, delta, gradient, threads=np.int64(THREADS)))
+
+
+def gradient_on(i: Array, o: Array, x: Array, delta: Array) -> Array:
+    """dL/dw on pairs (input i, output o), both int32 (n,): float32 (n,); 0 where one is negative.
+
+    Shapes: x (n_in, B), delta (n_out, B).
+    """
+    call = jax.ffi.ffi_call("dst_gradient_on", jax.ShapeDtypeStruct(i.shape, jnp.float32))
+    return call(i, o, x, delta, threads=np.int64(THREADS))
+
+
+# ------------------------------------------------------------------------------------ the rewire
+def best(
+    row: Array,
+    column: Array,
+    score: Array,
+    new_row: Array,
+    new_column: Array,
+    new_score: Array,
+    k: Array,
+) -> tuple[Array, Array, Array]:
+    """The k best distinct connections of two lists sorted by (row, column), sorted so again.
+
+    Shapes: int32, int32, float32 (P,) and (Q,), k <= P int32 () -> (P,). Entries with a score that
+    is not >= 0 are empty, wherever they stand; unused slots at the end are (2^31 - 1, 0, -1). Of
+    equal connections the first list's counts, of equal scores at the cut the first in order.
+    """
+    call = jax.ffi.ffi_call("dst_best", (_like(row), _like(column), _like(score)))
+    return tuple(call(row, column, score, new_row, new_column, new_score, k))
+
+
+def exchange(
+    dropped: Array, column: Array, pointer: Array, grown_row: Array, grown_column: Array, k: Array
+) -> tuple[Array, Array, Array]:
+    """The arena's (column, pointer) without the dropped and with the first k grown connections.
+
+    Shapes: dropped bool (K,), column int32 (K,), pointer int32 (R + 1,), grown int32 (P,) sorted
+    by (row, column), k int32 () -> column, pointer, and source int32 (K,): the position each
+    connection had, -1 for a grown one. Raises if other than k are dropped.
+    """
+    call = jax.ffi.ffi_call("dst_exchange", (_like(column), _like(pointer), _like(column)))
+    return tuple(call(dropped, column, pointer, grown_row, grown_column, k))
+
+
+def _like(a: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype)

@@ -1,0 +1,172 @@
+"""A whole training step of one sparse layer: `dst` against what one would take instead.
+
+    python -m experiments.benchmarks.peers [--out FILE.jsonl] [--sizes 4096]
+                                           [--densities 0.1 0.02 0.01] [--rounds 21]
+
+A step is the forward product, the gradient of the input, the gradient of the connections that
+exist, and SGD with momentum on them; batch 128, float32, two threads. Every peer lives in a process
+of its own, since the OpenMP and thread pools of several would disturb each other, and is asked for
+one step at a time, in turns of random order. What it computes is compared with float64 NumPy
+first. Peers that are not installed are left out, and that is said:
+
+    pip install -e .[bench]
+    pip install --no-build-isolation sparseprop
+
+The second command needs a C++ compiler and the environment activated: sparseprop's setup.py calls
+`pip` and `python3` itself, which finds no pybind11 in an isolated build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks.peer_steps import BATCH, LEARNING_RATE, MOMENTUM, PEERS, Sparse, sparse
+
+THREADS = 2
+TOLERANCE = 1e-5  # relative, of float32 against float64
+PACKAGES = ("torch", "sparseprop", "sparselab", "scipy")
+
+
+def work(name: str, size: int, density: float, pipe: Connection) -> None:
+    """The process of one peer: what it computes first, then the times of one step a request."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    layer = sparse(size, density)
+    try:
+        peer = PEERS[name](layer)
+    except ImportError as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
+    y, dx, gradient, _ = (np.array(result) for result in peer.step())
+    values = np.asarray(peer.step()[3])
+    if peer.transposed:
+        y, dx = y.T, dx.T
+    pipe.send((y, dx, gradient[peer.connections], values[peer.connections] - layer.values))
+    with contextlib.suppress(EOFError):  # the benchmark has given up
+        while pipe.recv():
+            peer.step()  # the other peers have emptied the caches
+            begin, cpu = time.perf_counter(), time.process_time()
+            peer.step()
+            pipe.send((time.perf_counter() - begin, time.process_time() - cpu))
+
+
+def reference(layer: Sparse) -> tuple[np.ndarray, ...]:
+    """y, dx and gradient of the first step, and the change of the values in two; float64."""
+    x, delta = layer.x.astype(np.float64), layer.delta.astype(np.float64)
+    weights = layer.dense().astype(np.float64)
+    gradient = (delta.T @ x)[layer.output, layer.input]  # the same in both steps
+    return x @ weights.T, delta @ weights, gradient, -LEARNING_RATE * (2 + MOMENTUM) * gradient
+
+
+def start(size: int, density: float) -> tuple[dict, dict, list[dict]]:
+    """{peer: process}, {peer: pipe}, lines: those that are there, and what was found out."""
+    context = multiprocessing.get_context("spawn")
+    right = reference(sparse(size, density))
+    processes, pipes, lines = {}, {}, []
+    for name in PEERS:
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=work, args=(name, size, density, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        line = {"peer": name, "size": size, "density": density}
+        got = pipe.recv()
+        if isinstance(got, str):
+            lines.append(line | {"unavailable": got})
+            continue
+        norm = np.linalg.norm
+        errors = [float(norm(a - b) / norm(b)) for a, b in zip(got, right, strict=True)]
+        names = ("y", "dx", "gradient", "change")
+        lines.append(line | {"relative_error": dict(zip(names, errors, strict=True))})
+        if not max(errors) < TOLERANCE:
+            raise SystemExit(f"{name} computes something else: {lines[-1]}")
+        processes[name], pipes[name] = process, pipe
+        print(f"{name}: relative error {max(errors):.1e}", flush=True)
+    return processes, pipes, lines
+
+
+def measure(size: int, density: float, rounds: int) -> list[dict]:
+    """A line for every peer: medians of `rounds` steps."""
+    processes, pipes, lines = start(size, density)
+    times: dict[str, list] = {name: [] for name in pipes}
+    rng = np.random.default_rng(0)
+    for _ in range(rounds):
+        for name in rng.permutation([*pipes]):
+            time.sleep(0.02)  # OpenMP's threads spin for a while after the last one's step
+            pipes[name].send(True)
+            times[name].append(pipes[name].recv())
+    for name, pipe in pipes.items():
+        pipe.send(False)
+        processes[name].join()
+    for line in lines:
+        if line["peer"] in times:
+            seconds, cpu = zip(*times[line["peer"]], strict=True)
+            line["median_seconds"] = statistics.median(seconds)
+            line["quartiles"] = statistics.quantiles(seconds, n=4)[::2]
+            line["rounds"] = rounds
+            line["cores_busy"] = round(statistics.median(np.divide(cpu, seconds)), 2)
+    return lines
+
+
+def header(rounds: int) -> dict[str, Any]:
+    """Versions, processor, threads, git revision."""
+    from dst import log
+
+    found = {k: v for k, v in log.header({}).items() if k != "config"}
+    for package in PACKAGES:
+        try:
+            found["versions"][package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found["versions"][package] = None
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    found |= {"cpu": cpu[0].split(": ")[1], "threads": THREADS, "batch": BATCH, "rounds": rounds}
+    return {"benchmark": "peers", **found, "load": os.getloadavg()[0]}
+
+
+def table(lines: list[dict]) -> str:
+    """Markdown: a row a peer, a column a layer, milliseconds."""
+    columns = list(dict.fromkeys((line["size"], line["density"]) for line in lines))
+    cells = {
+        (line["peer"], line["size"], line["density"]): f"{1000 * line['median_seconds']:.1f}"
+        for line in lines
+        if "median_seconds" in line
+    }
+    heads = [f"{size}², {100 * density:g} %" for size, density in columns]
+    rows = [["ms a step", *heads], ["---"] * (1 + len(heads))]
+    rows += [[name, *(cells.get((name, *column), "–") for column in columns)] for name in PEERS]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    """Measure, print, append."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4096])
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.02, 0.01])
+    parser.add_argument("--rounds", type=int, default=21)
+    options = parser.parse_args()
+    for library in ("OMP", "MKL", "OPENBLAS"):  # read when a peer's process loads it
+        os.environ[f"{library}_NUM_THREADS"] = str(THREADS)
+    lines = [header(options.rounds)]
+    for size in options.sizes:
+        for density in options.densities:
+            lines += measure(size, density, options.rounds)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    print(text, table(lines[1:]), sep="\n")
+    if options.out:
+        with options.out.open("a") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    main()
