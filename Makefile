@@ -1,6 +1,6 @@
 # make run    the quickstart: installs into .venv, trains the digits in runs/digits_mlp
 # make test   the test suite            make lint   ruff and mypy
-# make clean  removes .venv and caches, never runs/
+# make clean  removes .venv, compiled kernels and caches, never runs/
 
 PYTHONS := $(PYTHON) python3.12 python3.11 python3.13 python3 python
 BIN := .venv/bin
@@ -20,7 +20,7 @@ lint: .venv/.lint
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dst/native/*.so *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # A name on the PATH may be another tool's stub, and Debian's Python may lack venv: try each.
 .venv/.python:
@@ -31,7 +31,7 @@ clean:
 	echo 'dst: Python 3.11 or newer (with venv) is needed; name one with make PYTHON=/path/to/python.' >&2; \
 	exit 1
 
-.venv/.run: .venv/.python pyproject.toml
+.venv/.run: .venv/.python pyproject.toml $(wildcard dst/native/*.cc dst/native/*.h)
 	@echo 'Installing into .venv, about a minute ...'
 	@$(INSTALL) . && touch $@
 

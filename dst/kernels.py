@@ -89,7 +89,8 @@ def backward(
     """
     results = (_like(x), _like(gradient))
     call = jax.ffi.ffi_call("dst_backward", results, input_output_aliases={5: 1})
-    return tuple(call(values, column, pointer, x, delta, gradient, threads=np.int64(THREADS)))
+    dx, gradient = call(values, column, pointer, x, delta, gradient, threads=np.int64(THREADS))
+    return dx, gradient
 
 
 def gradient_on(i: Array, o: Array, x: Array, delta: Array) -> Array:
@@ -118,7 +119,8 @@ def best(
     equal connections the first list's counts, of equal scores at the cut the first in order.
     """
     call = jax.ffi.ffi_call("dst_best", (_like(row), _like(column), _like(score)))
-    return tuple(call(row, column, score, new_row, new_column, new_score, k))
+    row, column, score = call(row, column, score, new_row, new_column, new_score, k)
+    return row, column, score
 
 
 def exchange(
@@ -131,7 +133,8 @@ def exchange(
     connection had, -1 for a grown one. Raises if other than k are dropped.
     """
     call = jax.ffi.ffi_call("dst_exchange", (_like(column), _like(pointer), _like(column)))
-    return tuple(call(dropped, column, pointer, grown_row, grown_column, k))
+    column, pointer, source = call(dropped, column, pointer, grown_row, grown_column, k)
+    return column, pointer, source
 
 
 def _like(a: Array) -> jax.ShapeDtypeStruct:

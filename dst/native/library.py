@@ -119,5 +119,5 @@ def _levels(command: list[str]) -> list[str]:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "error" in line] or [""]
+        said = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
         raise NotBuilt(f"{command[0]} failed ({said[0].strip()})")
