@@ -1,6 +1,7 @@
 """Dynamic sparse training with guided stochastic exploration, in JAX and Flax."""
 
 from dst.config import ConfigError
+from dst.export import export, load, predictor
 from dst.methods import Method, method
 from dst.network import Network, network
 from dst.plan import due
@@ -14,11 +15,14 @@ __all__ = [
     "Network",
     "SparseState",
     "due",
+    "export",
     "init_state",
+    "load",
     "make_rewire",
     "make_update",
     "method",
     "network",
+    "predictor",
     "sparsity_of",
 ]
 __version__ = "0.1.0"

@@ -91,7 +91,9 @@ def linear(
 
     Shapes: (..., n_in) -> (..., n_out) in h's dtype, or the convolution of (..., H, W, n_in).
     """
-    own = {name: module.get_variable(VALUES, name) for name in ("values", "column", "pointer")}
+    own: dict[str, Any] = {
+        name: module.get_variable(VALUES, name) for name in ("values", "column", "pointer")
+    }
     values = own["values"] if values is None else values
     arena = Arena(own["column"], own["pointer"], ())
     if part.layer.kind == "dense":

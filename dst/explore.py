@@ -100,7 +100,7 @@ def _total(units: Array) -> Array:
     return jnp.sum(jnp.abs(units), axis=tuple(range(1, units.ndim)), dtype=jnp.float32)
 
 
-# ------------------------------------------------------------------------------------ S, as a stream
+# ----------------------------------------------------------------------------------- S, as a stream
 def explorer(net: Network, method: Method, P_t: np.ndarray, S_t: np.ndarray) -> Callable:
     """explore(state, seen, fg, asked, P) -> Tally: the P best of S, in `method.rounds` rounds.
 
@@ -222,7 +222,7 @@ def scorer(part: Part, units: tuple[Array, Array] | None) -> Callable[[Array, Ar
     return score
 
 
-# ------------------------------------------------------------------------------------------ drop, grow
+# ---------------------------------------------------------------------------------------- drop, grow
 def reconnect(tx, state: SparseState, arena: Arena, source: Array) -> SparseState:
     """Values and moments follow their connections; those of grown ones start over."""
     values = state.params[VALUES]["kernel"]

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst.config import ConfigError
 from dst.arena import Arena, Connections
+from dst.config import ConfigError
 from dst.execution import linear, variables_of
 from dst.network import Network, describe, is_layer, layer_path, obstacle
 from dst.probes import marginals

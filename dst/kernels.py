@@ -13,7 +13,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +77,7 @@ def _text(function) -> str:
 def multiply(values: Array, column: Array, pointer: Array, x: Array, n_out: int) -> Array:
     """y = W x: x (n_in, B) -> (n_out, B)."""
     y = jax.ShapeDtypeStruct((n_out, x.shape[1]), jnp.float32)
-    call = jax.ffi.ffi_call("dst_multiply", y)
+    call = _kernel("dst_multiply", y)
     return call(values, column, pointer, x, threads=np.int64(THREADS))
 
 
@@ -88,7 +90,7 @@ def backward(
     if XLA can give it away.
     """
     results = (_like(x), _like(gradient))
-    call = jax.ffi.ffi_call("dst_backward", results, input_output_aliases={5: 1})
+    call = _kernel("dst_backward", results, input_output_aliases={5: 1})
     dx, gradient = call(values, column, pointer, x, delta, gradient, threads=np.int64(THREADS))
     return dx, gradient
 
@@ -98,7 +100,7 @@ def gradient_on(i: Array, o: Array, x: Array, delta: Array) -> Array:
 
     Shapes: x (n_in, B), delta (n_out, B).
     """
-    call = jax.ffi.ffi_call("dst_gradient_on", jax.ShapeDtypeStruct(i.shape, jnp.float32))
+    call = _kernel("dst_gradient_on", jax.ShapeDtypeStruct(i.shape, jnp.float32))
     return call(i, o, x, delta, threads=np.int64(THREADS))
 
 
@@ -118,7 +120,7 @@ def best(
     is not >= 0 are empty, wherever they stand; unused slots at the end are (2^31 - 1, 0, -1). Of
     equal connections the first list's counts, of equal scores at the cut the first in order.
     """
-    call = jax.ffi.ffi_call("dst_best", (_like(row), _like(column), _like(score)))
+    call = _kernel("dst_best", (_like(row), _like(column), _like(score)))
     row, column, score = call(row, column, score, new_row, new_column, new_score, k)
     return row, column, score
 
@@ -132,9 +134,15 @@ def exchange(
     by (row, column), k int32 () -> column, pointer, and source int32 (K,): the position each
     connection had, -1 for a grown one. Raises if other than k are dropped.
     """
-    call = jax.ffi.ffi_call("dst_exchange", (_like(column), _like(pointer), _like(column)))
+    call = _kernel("dst_exchange", (_like(column), _like(pointer), _like(column)))
     column, pointer, source = call(dropped, column, pointer, grown_row, grown_column, k)
     return column, pointer, source
+
+
+def _kernel(name: str, results: Any, **options: Any) -> Callable:
+    if why_not():
+        raise RuntimeError(f"{name} cannot run: {why_not()}.")
+    return jax.ffi.ffi_call(name, results, **options)
 
 
 def _like(a: Array) -> jax.ShapeDtypeStruct:

@@ -71,47 +71,9 @@ def refuse_unless_coordinate_wise(
     Global norms and masks by a parameter's name are fine. Two steps are taken on small kernels and
     on the same numbers as one vector, params["arena"]["kernel"].
     """
-    rng = np.random.default_rng(0)
-    small = lambda shape: tuple(min(n, 3 - (i % 2)) for i, n in enumerate(shape))  # noqa: E731
-    draw = lambda shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-    rest = jax.eval_shape(lambda: params)
-    kernels = {path: small(layer.shape) for path, layer in layers.items()}
-
-    def both(scale):
-        others = jax.tree.map(lambda leaf: scale * draw(small(leaf.shape)), rest)
-        own = {path: scale * draw(shape) for path, shape in kernels.items()}
-        flat = traverse_util.flatten_dict(others, sep="/")
-        apart = traverse_util.unflatten_dict(
-            flat | {f"{path}/kernel": kernel for path, kernel in own.items()}, sep="/"
-        )
-        vector = np.concatenate([kernel.ravel() for kernel in own.values()])
-        return apart, {**others, "arena": {"kernel": vector}}
-
-    def steps(weights, gradients):
-        state = tx.init(weights)
-        for gradient in gradients:
-            updates, state = tx.update(gradient, state, weights)
-        flat = traverse_util.flatten_dict(updates, sep="/")
-        own = [flat.pop(f"{path}/kernel").ravel() for path in layers if f"{path}/kernel" in flat]
-        return np.concatenate(own or [flat.pop("arena/kernel")]), flat
-
-    def owners(shapes):
-        weights = traverse_util.flatten_dict(rest, sep="/")
-        weights |= {
-            f"{path}/kernel": jax.ShapeDtypeStruct(shape, np.float32)
-            for path, shape in shapes.items()
-        }
-        tree = traverse_util.unflatten_dict(weights, sep="/")
-        leaves = {path: tree_leaf(tree, path) for path in shapes}
-        return recognise(jax.eval_shape(tx.init, tree), tree, leaves)
-
-    tree_leaf = lambda tree, path: traverse_util.flatten_dict(tree, sep="/")[f"{path}/kernel"]  # noqa: E731
+    rest = traverse_util.flatten_dict(jax.eval_shape(lambda: params), sep="/")
     try:
-        (w, v), *gradients = both(1e4), both(1), both(1)  # large weights: their decay shows
-        one, other = (steps(x, g) for x, g in zip((w, v), zip(*gradients, strict=True), strict=True))
-        alike = jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, 1e-4, 0), one, other))
-        real = {path: layer.shape for path, layer in layers.items()}
-        alike = alike and owners(real) == owners(kernels)
+        alike = _same_steps(tx, rest, layers) and _same_state(tx, rest, layers)
     except Exception:  # whatever an optimizer makes of parameters that it was not built for
         alike = False
     if not alike:
@@ -120,3 +82,53 @@ def refuse_unless_coordinate_wise(
             "mask by ndim do), but in execution 'sparse' all connections are one vector; use one "
             "that works coordinate by coordinate (SGD, Adam, AdamW, a global norm, ...)."
         )
+
+
+def _small(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(min(n, 3 - i % 2) for i, n in enumerate(shape))
+
+
+def _same_steps(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> bool:
+    """Whether small kernels and the same numbers as one vector take the same second step."""
+    rng = np.random.default_rng(0)
+
+    def nest(flat: dict[str, np.ndarray]) -> Any:
+        flat = {path: leaf.astype(np.float32) for path, leaf in flat.items()}
+        return traverse_util.unflatten_dict(flat, sep="/")
+
+    def draw(scale: float) -> tuple[Any, Any]:
+        other = {k: scale * rng.normal(size=_small(v.shape)) for k, v in rest.items()}
+        own = {p: scale * rng.normal(size=_small(layer.shape)) for p, layer in layers.items()}
+        vector = np.concatenate([kernel.ravel() for kernel in own.values()])
+        kernels = {f"{path}/kernel": kernel for path, kernel in own.items()}
+        return nest(other | kernels), nest(other | {"arena/kernel": vector})
+
+    def second_step(weights: Any, *gradients: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        state = tx.init(weights)
+        for gradient in gradients:
+            updates, state = tx.update(gradient, state, weights)
+        flat = traverse_util.flatten_dict(updates, sep="/")
+        own = [flat.pop(f"{p}/kernel").ravel() for p in layers if f"{p}/kernel" in flat]
+        return np.concatenate(own or [flat.pop("arena/kernel")]), flat
+
+    # Large weights, so that their decay shows.
+    kernels, vector = zip(draw(1e4), draw(1), draw(1), strict=True)
+    close = jax.tree.map(
+        lambda a, b: np.allclose(a, b, rtol=1e-4, atol=0),
+        second_step(*kernels),
+        second_step(*vector),
+    )
+    return jax.tree.all(close)
+
+
+def _same_state(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> bool:
+    """Whether the kernels' real shapes give the same kinds of moments as small ones."""
+
+    def owners(shapes: dict[str, tuple[int, ...]]) -> list[str | None]:
+        kernels = {path: jax.ShapeDtypeStruct(s, np.float32) for path, s in shapes.items()}
+        tree = rest | {f"{path}/kernel": kernel for path, kernel in kernels.items()}
+        params = traverse_util.unflatten_dict(tree, sep="/")
+        return recognise(jax.eval_shape(tx.init, params), params, kernels)
+
+    real = {path: layer.shape for path, layer in layers.items()}
+    return owners(real) == owners({path: _small(shape) for path, shape in real.items()})

@@ -221,7 +221,9 @@ def _check(net: Network, variables: Mapping[str, Any]) -> None:
             "execution='sparse' any number."
         )
     if net.execution == "sparse" and "arena" in variables["params"]:
-        raise ConfigError("the model has parameters named 'arena', which is where dst keeps its own.")
+        raise ConfigError(
+            "the model has parameters named 'arena', which is where dst keeps its own."
+        )
     params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     without = {k: v for k, v in params.items() if k.removesuffix("/kernel") not in net.layers}
     empty = {(*path.split("/"), ""): jnp.zeros(0) for path in net.layers}

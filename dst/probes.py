@@ -12,6 +12,7 @@ arguments, and a layer that is called several times sums its calls.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,9 @@ Tree = Mapping[str, Any]
 
 # Products of one chunk of candidates: 2^20 float32 (4 MiB) keeps them in cache, whatever |S| is.
 CHUNK_ELEMENTS = 2**20
+
+# Each `observe` names its probes anew: from a trace that nn.jit kept, no calls could be counted.
+OBSERVED = itertools.count()
 
 
 @jax.custom_vjp
@@ -210,14 +214,14 @@ def observe(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]):
 
     What `gradient_at` reads. Errors: a layer whose calls `nn.jit` hides behind one trace.
     """
-    calls = _calls(layers, loss)
+    calls, name = _calls(layers, loss), str(next(OBSERVED))
     seen = {path: 0 for path in layers}
 
     def tap(layer, module, h, y):
         call, seen[layer.path] = seen[layer.path], seen[layer.path] + 1
         if call >= len(calls[layer.path]):
             return y
-        probe = module.get_variable("probes", str(call))
+        probe = module.get_variable("probes", name)[str(call)]
         return tap_both(h, y, probe["h"], probe["y"])
 
     zeros = {
@@ -227,7 +231,7 @@ def observe(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]):
 
     def probed(probes):
         with intercepted(layers, tap):
-            return loss({"probes": nested(probes)})
+            return loss({"probes": nested({path: {name: p} for path, p in probes.items()})})
 
     cotangents = jax.grad(probed)(zeros)
     for path, shapes in calls.items():
@@ -236,15 +240,24 @@ def observe(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]):
                 f"layer {path!r} is called {len(shapes)} times, but nn.jit hides all but "
                 f"{seen[path]}; call it once, or leave it dense with sparse=lambda path: ..."
             )
-    units = {
-        path: [by_unit(layers[path], p["h"], p["y"]) for p in c.values()]
-        for path, c in cotangents.items()
-    }
-    # The batch is the axis after the units.
-    return {
-        path: tuple(jnp.concatenate(a, 1) if len(a) > 1 else a[0] for a in zip(*u, strict=True))
-        for path, u in units.items()
-    }
+    return {path: _units(layers[path], [*c.values()]) for path, c in cotangents.items()}
+
+
+def _units(layer: Layer, calls: list[Tree]) -> tuple[Array, Array]:
+    """h and delta of all calls, units first, joined along the batch; of none, one image of zeros.
+
+    Errors: images of two sizes, which nothing could join.
+    """
+    if not calls:
+        sides = [(k - 1) * d + 1 for k, d in zip(layer.shape[:-2], layer.dilation, strict=False)]
+        return jnp.zeros((layer.n_in, 1, *sides)), jnp.zeros((layer.n_out, 1, *(1 for _ in sides)))
+    h, delta = zip(*(by_unit(layer, call["h"], call["y"]) for call in calls), strict=True)
+    if len({image.shape[2:] for image in h}) > 1:
+        raise ConfigError(
+            f"layer {layer.path!r} is called on images of several sizes; call it on one size, or "
+            "leave it dense with sparse=lambda path: ..."
+        )
+    return (h[0], delta[0]) if len(calls) == 1 else (jnp.concatenate(h, 1), jnp.concatenate(delta, 1))
 
 
 def _calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> dict[str, list]:

@@ -30,7 +30,7 @@ from dst.network import Network
 from dst.plan import floors, plan
 from dst.probes import gradient_on
 from dst.sample import draw_subset
-from dst.state import SparseState, active_counts, kernels_of
+from dst.state import SparseState, kernels_of
 from dst.update import (
     AXIS,
     REWIRE_STREAM,

@@ -99,8 +99,8 @@ def best(found: Found, new: Found, k: Array) -> Found:
     if compiled(found.score):
         return Found(*kernels.best(*found, *new, k))
     row, column, score = (jnp.concatenate(pair) for pair in zip(found, new, strict=True))
-    row = jnp.where(score < 0, NOWHERE, row)
-    row, column, score = lax.sort((row, column, score), num_keys=2, is_stable=False)
+    row = jnp.where(score >= 0, row, NOWHERE)
+    row, column, score = lax.sort((row, column, score), num_keys=2, is_stable=True)
     again = (row[1:] == row[:-1]) & (column[1:] == column[:-1])
     eligible = (score >= 0) & ~jnp.append(jnp.zeros(1, bool), again)
     chosen = lowest(~bits(score), eligible, k)

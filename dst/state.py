@@ -40,7 +40,7 @@ class SparseState(struct.PyTreeNode):
     step: Array  # int32 ()
     params: Any
     batch_stats: Any  # every other variable collection of the model
-    masks: Connections  # layer path -> bool, the kernel's shape; or the arena's structure
+    masks: Any  # layer path -> bool, the kernel's shape; or the arena's structure
     opt_state: optax.OptState
     key: Array  # all randomness is fold_in(key, step)
     method: Any  # the method's own arrays
@@ -78,7 +78,7 @@ def init_state(
 
     variables = init_rest(net, model_key)
     params = variables.pop("params")
-    masks: Connections
+    masks: Any
     if net.execution == "sparse":
         refuse_unless_coordinate_wise(tx, params, net.layers)
         masks, values = fill(lay_out(net, counts), connections())

@@ -1,6 +1,26 @@
-"""Four virtual CPU devices and strict broadcasting, set before JAX starts its backend."""
+"""Four virtual CPU devices and strict broadcasting, set before JAX starts its backend.
+
+The tests compile hundreds of programs and run each for milliseconds: LLVM does not optimize them.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(params=["pure", "compiled"])
+def tier(request, monkeypatch):
+    """Both tiers of sparse execution; on a machine without a compiler there is one."""
+    from dst import kernels
+
+    monkeypatch.setattr(
+        kernels,
+        "available",
+        (lambda: True) if request.param == "compiled" and kernels.available() else lambda: False,
+    )

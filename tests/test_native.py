@@ -30,6 +30,8 @@ def test_turned_off(fresh, monkeypatch):
     monkeypatch.setenv("DST_KERNELS", "0")
     assert fresh() == "the compiled kernels are turned off by DST_KERNELS=0"
     assert not kernels.available()
+    with pytest.raises(RuntimeError, match="dst_gradient_on cannot run: the compiled kernels are"):
+        kernels.gradient_on(np.int32([0]), np.int32([0]), np.ones((1, 1)), np.ones((1, 1)))
 
 
 def test_not_built(fresh, monkeypatch, tmp_path):

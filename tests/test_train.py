@@ -1,5 +1,6 @@
 """Whole runs on the digits: what is written, killed runs, signals, NaN, early stopping."""
 
+import functools
 import json
 import os
 import signal
@@ -40,18 +41,25 @@ def result(workdir, config):
     for event in events:
         event.pop("seconds", None)
         event.pop("images_per_second", None)
+        event.pop("peak_rss_mib", None)
     return note["sha256"], events
 
 
+@pytest.fixture(scope="module", params=["masked", "sparse"])
+def run(request):
+    """`small` in both executions."""
+    return functools.partial(small, execution=request.param)
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(run, tmp_path_factory):
     """The same run, never stopped."""
     workdir = tmp_path_factory.mktemp("whole")
-    train.train(small(), workdir)
-    return workdir, result(workdir, small())
+    train.train(run(), workdir)
+    return workdir, result(workdir, run())
 
 
-def test_a_run_shows_what_it_did(uninterrupted):
+def test_a_run_shows_what_it_did(run, uninterrupted):
     """Header, one train and eval line an epoch, every rewire with its report, the end, a plot."""
     workdir, (_, events) = uninterrupted
     header, _ = read(workdir / "metrics.jsonl")
@@ -75,11 +83,11 @@ def test_a_run_shows_what_it_did(uninterrupted):
     assert list((workdir / "tensorboard").iterdir())
 
 
-def test_a_finished_run_is_not_run_again(uninterrupted, capsys):
+def test_a_finished_run_is_not_run_again(run, uninterrupted, capsys):
     """The same command says so and leaves the same result."""
     workdir, before = uninterrupted
-    train.train(small(), workdir)
-    assert result(workdir, small()) == before
+    train.train(run(), workdir)
+    assert result(workdir, run()) == before
     assert "step 44" in capsys.readouterr().err
 
 
@@ -88,9 +96,10 @@ import os, signal, sys, threading
 sys.path.insert(0, {root!r})
 from dst import steps, train, checkpoint
 from tests.test_train import small
+config = small(execution={execution!r})
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 {how}
-train.train(small(), {workdir!r})
+train.train(config, {workdir!r})
 """
 
 HOW = {
@@ -110,18 +119,19 @@ HOW = {
 }
 
 
-def test_killed_runs_end_bitwise_the_same(uninterrupted, tmp_path):
+def test_killed_runs_end_bitwise_the_same(run, uninterrupted, tmp_path):
     """SIGKILL in a rewire, in a save, at an epoch's end, and then on to the end."""
     for how in HOW.values():
-        script = KILL.format(root=str(ROOT), how=how, workdir=str(tmp_path))
+        values = dict(root=str(ROOT), how=how, workdir=str(tmp_path), **run.keywords)
+        script = KILL.format(**values)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
-    train.train(small(), tmp_path)
-    assert result(tmp_path, small()) == uninterrupted[1]
+    train.train(run(), tmp_path)
+    assert result(tmp_path, run()) == uninterrupted[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_exit(uninterrupted, tmp_path, monkeypatch, number, capsys):
+def test_signals_save_and_exit(run, uninterrupted, tmp_path, monkeypatch, number, capsys):
     """The step is finished and saved; the same command ends as if nothing had happened."""
     go, before = train.end_epoch, signal.getsignal(number)
 
@@ -131,35 +141,35 @@ def test_signals_save_and_exit(uninterrupted, tmp_path, monkeypatch, number, cap
         return go(run, state, step, clock)
 
     monkeypatch.setattr(train, "end_epoch", interrupt)
-    train.train(small(), tmp_path)
+    train.train(run(), tmp_path)
     assert signal.getsignal(number) is before
     assert "Stopped at step" in capsys.readouterr().err
-    assert result(tmp_path, small())[1][-1]["event"] != "end"
+    assert result(tmp_path, run())[1][-1]["event"] != "end"
     monkeypatch.setattr(train, "end_epoch", go)
-    train.train(small(), tmp_path)
-    assert result(tmp_path, small()) == uninterrupted[1]
+    train.train(run(), tmp_path)
+    assert result(tmp_path, run()) == uninterrupted[1]
 
 
-def test_damage_is_repaired_from_the_step_before(uninterrupted, tmp_path, capsys):
+def test_damage_is_repaired_from_the_step_before(run, uninterrupted, tmp_path, capsys):
     """Flipped bits in the last checkpoint: one sentence, the same result from the one before."""
-    train.train(small(), tmp_path)
+    train.train(run(), tmp_path)
     for data in (tmp_path / "checkpoints" / "44" / "state").rglob("d/*"):
         raw = bytearray(data.read_bytes())
         raw[len(raw) // 2] ^= 1
         data.write_bytes(raw)
-    train.train(small(), tmp_path)
+    train.train(run(), tmp_path)
     assert (
         "The checkpoint of step 44 is damaged; taking that of step 42." in capsys.readouterr().err
     )
-    assert result(tmp_path, small()) == uninterrupted[1]
+    assert result(tmp_path, run()) == uninterrupted[1]
 
 
-def test_another_config_is_refused(uninterrupted):
+def test_another_config_is_refused(run, uninterrupted):
     """The workdir of another run gives one sentence, and loses nothing."""
     workdir, before = uninterrupted
     with pytest.raises(ConfigError, match="sparsity"):
-        train.train(small(sparsity=0.8), workdir)
-    assert result(workdir, small()) == before
+        train.train(run(sparsity=0.8), workdir)
+    assert result(workdir, run()) == before
 
 
 def test_nan_stops_before_anything_is_saved(tmp_path):
@@ -195,7 +205,10 @@ def test_early_stop_looks_at_the_training_or_held_out_loss(tmp_path):
         dict(method="set"),
         dict(method="rigl"),
         dict(heuristic="uniform"),
+        dict(method="set", execution="sparse"),
+        dict(heuristic="uniform", execution="sparse"),
         dict(heuristic="synflow", precision="bfloat16"),
+        dict(heuristic="synflow", precision="bfloat16", execution="sparse"),
     ],
     ids=str,
 )
@@ -209,21 +222,21 @@ def test_every_method_learns(tmp_path, overrides):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["event"] == "end"
 
 
-def test_four_devices_run_the_same_job(uninterrupted, tmp_path):
+def test_four_devices_run_the_same_job(run, uninterrupted, tmp_path):
     """All four virtual devices: same batches, same connections, close losses."""
     assert dst_data.steps_per_epoch(1437, 128) == 11
-    train.train(small(devices=4, epochs=2), tmp_path)
+    train.train(run(devices=4, epochs=2), tmp_path)
     four = {e["step"]: e for e in read(tmp_path / "metrics.jsonl")[1] if e["event"] == "train"}
     one = {e["step"]: e for e in uninterrupted[1][1] if e["event"] == "train"}
     for step in (11, 22):
         assert four[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-3)
 
 
-def test_several_steps_a_dispatch_do_the_same(uninterrupted, tmp_path, monkeypatch):
+def test_several_steps_a_dispatch_do_the_same(run, uninterrupted, tmp_path, monkeypatch):
     """The loop of GPUs and TPUs: the same events, the same connections, close losses."""
     monkeypatch.setattr(train.steps, "looped", lambda devices: True)
-    train.train(small(), tmp_path)
-    _, looped = result(tmp_path, small())
+    train.train(run(), tmp_path)
+    _, looped = result(tmp_path, run())
     for ours, theirs in zip(looped, uninterrupted[1][1], strict=True):
         assert (ours["event"], ours["step"]) == (theirs["event"], theirs["step"])
         assert ours.get("active") == theirs.get("active")

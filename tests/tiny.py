@@ -23,7 +23,7 @@ class Classifier(nn.Module):
         if self.norm:
             x = nn.BatchNorm(use_running_average=not train)(x)
         x = nn.relu(x).reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(20)(x))
+        x = nn.relu(nn.Dense(20, bias_init=nn.initializers.normal())(x))
         return nn.Dense(self.classes)(x)
 
 
@@ -48,12 +48,23 @@ class Setup(NamedTuple):
 SGD = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, 0.9))
 
 
-def setup(name="gse", sparsity=0.8, *, tx=SGD, seed=0, norm=True, images=16, **options) -> Setup:
+IMAGE = jax.ShapeDtypeStruct((1, 6, 6, 2), jnp.float32)
+
+
+def setup(
+    name="gse",
+    sparsity=0.8,
+    *,
+    tx=SGD,
+    seed=0,
+    norm=True,
+    images=16,
+    execution="masked",
+    **options,
+) -> Setup:
     """A tiny run with a batch of random images; `options` go to the method."""
     method = dst.method(name, sparsity, **{"every": 2, "end": 12, **options})
-    net = dst.network(
-        Classifier(norm=norm), jax.ShapeDtypeStruct((1, 6, 6, 2), jnp.float32), train=False
-    )
+    net = dst.network(Classifier(norm=norm), IMAGE, train=False, execution=execution)
     state = dst.init_state(net, tx, method, jax.random.key(seed))
     return Setup(net, tx, method, state, batch(seed, images))
 

@@ -20,6 +20,7 @@ constexpr int kLanes = 4;
 #endif
 constexpr int kTile = kLanes > 4 ? 128 : 64;  // as many sums as the registers hold
 constexpr int64_t kAhead = 6;                 // connections between a prefetch and its use
+// The loops of a tile stay functions of their own: together they would spill registers.
 
 template <int W>
 struct Vector {
@@ -98,8 +99,8 @@ inline void each_tile(int64_t B, const F& f, int64_t t = 0) {
 }
 
 template <int W>
-void multiply_tile(const Layer& layer, const float* x, int64_t B, int64_t o0, int64_t o1,
-                   float* y) {
+[[gnu::noinline]] void multiply_tile(const Layer& layer, const float* x, int64_t B, int64_t o0,
+                                     int64_t o1, float* y) {
   const float* values = layer.values;
   const int32_t* column = layer.column;
   for (int64_t b = 0; b < layer.blocks; b++) {
@@ -134,8 +135,9 @@ int64_t first_from(int64_t i, const int32_t* column, int64_t p, int64_t end) {
 }
 
 template <int W>
-void backward_tile(const Layer& layer, const float* x, const float* delta, int64_t B, int64_t b,
-                   int64_t i0, int64_t i1, float* dx, float* gradient) {
+[[gnu::noinline]] void backward_tile(const Layer& layer, const float* x, const float* delta,
+                                     int64_t B, int64_t b, int64_t i0, int64_t i1, float* dx,
+                                     float* gradient) {
   const float* values = layer.values;
   const int32_t* column = layer.column;
   const int32_t* row = layer.pointer + b * layer.n_out;

@@ -1,0 +1,176 @@
+"""What the sparse benchmarks share: times in turns, peaks in fresh processes, a header, a table.
+
+Two numbers for a peak, both in bytes:
+
+  xla   what XLA's memory_analysis() plans: arguments + results - donated arguments + temporaries.
+  rss   what the process really grows by: VmHWM during the runs, reset by /proc/self/clear_refs once
+        the arguments exist, minus VmRSS when everything is imported and compiled and no argument
+        exists. So arguments, results, temporaries and the allocator's waste count; code, the
+        compiler and what only builds the arguments do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dst import log
+
+MIB = 2**20
+LEAST_ROUNDS = 5
+SMALL = 64  # units of a layer whose memory is nothing
+
+
+# -------------------------------------------------------------------------------------------- time
+def in_turns(
+    calls: dict[Any, Callable[[], Any]], seconds: float = 0, least: int = LEAST_ROUNDS
+) -> dict[Any, list[float]]:
+    """Seconds of each call in each round: rounds as long as `seconds` last, and `least` of them.
+
+    One more round before is not counted.
+    """
+    times: dict[Any, list[float]] = {name: [] for name in calls}
+    end, rounds = time.perf_counter() + seconds, -1
+    while rounds < least or time.perf_counter() < end:
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            if rounds >= 0:
+                times[name].append(time.perf_counter() - begin)
+        rounds += 1
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median and least of a call's seconds; the least is what a busy machine disturbs less."""
+    return {
+        "median_seconds": statistics.median(times),
+        "least_seconds": min(times),
+        "rounds": len(times),
+    }
+
+
+# ------------------------------------------------------------------------------------------ memory
+def xla_peak(compiled: Any) -> int:
+    """Bytes that XLA plans for a compiled program."""
+    plan = compiled.memory_analysis()
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return held + plan.temp_size_in_bytes
+
+
+def shapes(tree: Any) -> Any:
+    """The tree's shapes and dtypes, to compile without arrays."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def growth(prepare: Callable[[int], Callable[[], Any]], size: int) -> int:
+    """The peak `rss` in bytes of what prepare(size) makes and of two runs of what it returns.
+
+    It must be compiled before, and the process started by `alone`. A small one runs first, so that
+    code is loaded and threads exist; then the arguments are made once in vain, for the operations
+    that make them are compiled, too.
+    """
+    jax.block_until_ready(prepare(SMALL)())
+    prepare(size)
+    base = settle()
+    run = prepare(size)
+    forget_peak()
+    for _ in range(2):
+        jax.block_until_ready(run())
+        time.sleep(0.1)  # XLA frees a little later what is dropped
+    return peak_since() - base
+
+
+def settle() -> int:
+    """Gives freed memory back to the system: VmRSS in bytes."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
+
+
+def forget_peak() -> None:
+    """From now on `peak_since` counts."""
+    settle()
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_since() -> int:
+    """VmHWM in bytes."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def alone(module: str, *arguments: Any) -> dict[str, Any]:
+    """The last line, JSON, that `module` prints in a fresh process.
+
+    Its malloc gives every larger buffer back at once; how long glibc keeps one depends on history.
+    """
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------ output
+def header(benchmark: str, **settings: Any) -> dict[str, Any]:
+    """Versions, processor, threads, git revision, load, settings."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return {
+        "benchmark": benchmark,
+        **{k: v for k, v in log.header({}).items() if k != "config"},
+        "cpu": names[0] if names else None,
+        "threads": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        **settings,
+    }
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Arguments that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON lines are appended here")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)  # one peak, in this process
+    return parser
+
+
+class Lines:
+    """JSON lines, printed as they come and appended to a file if there is one."""
+
+    def __init__(self, out: Path | None):
+        self.out = out
+        self.lines: list[dict[str, Any]] = []
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Prints and keeps a line."""
+        text = json.dumps(line)
+        print(text, flush=True)
+        self.lines.append(line)
+        if self.out:
+            with self.out.open("a") as file:
+                file.write(text + "\n")
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Markdown."""
+    head = list(head)
+    body = [head, ["---"] * len(head), *(list(row) for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in body)

@@ -1,0 +1,228 @@
+"""The rewire of sparse execution: the choice of the masked one, and its laws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dst
+from dst import explore, kernels
+from dst import rewire as masked_rewire
+from dst.heuristics import HEURISTICS
+from dst.plan import plan
+from tests import tiny
+from tests.executions import ADAMW, ONE, both, check_arena, close, dense, structure
+
+
+def fixed_subset(setup, seed=5):
+    """For each layer |S_l| inactive positions, drawn by NumPy."""
+    rng = np.random.default_rng(seed)
+    asked = plan(setup.net, setup.method)[1][0]
+    masks = structure(setup.state)
+    return {
+        path: np.sort(rng.choice(np.flatnonzero(~mask), n, replace=False)).astype(np.int32)
+        for (path, mask), n in zip(masks.items(), asked, strict=True)
+    }
+
+
+def inject(monkeypatch, S):
+    """Makes both executions take S for what they drew."""
+
+    def choose(state, batch, fg, asked, S_max):
+        return {p: jnp.asarray(s) for p, s in S.items()}, {
+            p: jnp.ones(s.size, bool) for p, s in S.items()
+        }
+
+    def draw_rows(part, key, f, g, size, want):
+        column, output = np.divmod(S[part.layer.path], part.n_out)
+        row = column // part.block * part.n_out + output
+        order = np.lexsort((column, row))
+        padded = np.full((2, size), part.rows, np.int32)
+        padded[:, : order.size] = row[order], column[order]
+        return jnp.asarray(padded[0]), jnp.asarray(padded[1])
+
+    monkeypatch.setattr(masked_rewire, "subset", lambda *_: choose)
+    monkeypatch.setattr(explore, "draw_rows", draw_rows)
+
+
+@pytest.mark.parametrize(("tx", "floor"), [(tiny.SGD, 0.0), (ADAMW, 0.9)], ids=["sgd", "adamw"])
+def test_given_the_same_subset_the_choice_is_the_same(monkeypatch, tier, tx, floor):
+    """Dropped and grown connections, values and moments after a rewire and the step after it."""
+    masked, sparse = both("gse", tx, floor=floor)
+    inject(monkeypatch, fixed_subset(masked))
+    ends = []
+    for s in (masked, sparse):
+        update = dst.make_update(s.net, tx, tiny.loss, devices=ONE)
+        rewire = dst.make_rewire(s.net, tx, s.method, tiny.loss, devices=ONE)
+        state, report = rewire(update(s.state, tiny.batch(1))[0], tiny.batch(2))
+        ends.append((update(state, tiny.batch(3))[0], report))
+    (one, reports), (other, others) = ends
+    assert int(reports["pruned"]) == int(others["pruned"]) > 20
+    assert jax.device_get(reports) == jax.device_get(others)
+    before, after, sparse_after = structure(masked.state), structure(one), structure(other)
+    for path, mask in after.items():
+        np.testing.assert_array_equal(mask, sparse_after[path])
+    assert any((before[path] != mask).any() for path, mask in after.items())
+    close(dense(one), dense(other))
+    vectors = [x for x in jax.tree.leaves(other.opt_state) if x.shape == (258,)]
+    trees = jax.tree.leaves(one.opt_state, is_leaf=lambda x: isinstance(x, dict))
+    for tree, vector in zip([t for t in trees if isinstance(t, dict)], vectors, strict=True):
+        close(dense(one, tree), dense(other, vector))
+
+
+def test_the_choice_is_the_same_in_float64(monkeypatch):
+    """Scores in float64 leave no ties: the connections are exactly those of the masked step."""
+    masked, sparse = both("gse")
+    inject(monkeypatch, fixed_subset(masked))
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    wide = lambda leaf: leaf.astype("float64") if leaf.dtype == "float32" else leaf  # noqa: E731
+    after = []
+    with jax.enable_x64(True):
+        for s in (masked, sparse):
+            state = s.state.replace(
+                **{
+                    f: jax.tree.map(wide, getattr(s.state, f))
+                    for f in ("params", "opt_state", "batch_stats")
+                }
+            )
+            rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=ONE)
+            batch = (tiny.batch(2)[0].astype(np.float64), tiny.batch(2)[1])
+            after.append(structure(rewire(state, batch)[0]))
+    for path, mask in after[0].items():
+        np.testing.assert_array_equal(mask, after[1][path])
+
+
+@pytest.mark.parametrize("heuristic", ["uniform", "grabo", "synflow"])
+def test_the_marginals_are_the_same(heuristic, tier):
+    """f and g of the masked pass, each up to its own scale."""
+    found = []
+    for s in both(heuristic=heuristic):
+        if heuristic == "grabo" and s.net.execution == "sparse":
+            look = explore.observer(s.net, s.method, tiny.loss)
+            measure = lambda state, batch, look=look: look(state, batch, {})[1]  # noqa: E731
+        else:
+            measure = HEURISTICS[heuristic](s.net, tiny.loss)
+        if heuristic == "grabo":
+            measure = jax.pmap(
+                measure, axis_name="devices", in_axes=(None, 0), out_axes=None, devices=ONE
+            )
+            found.append(measure(s.state, jax.tree.map(lambda a: a[None], s.batch)))
+        else:
+            found.append(measure(s.state, s.batch))
+    close(found[0], found[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("set", {}), *(("gse", {"heuristic": h}) for h in ("uniform", "grabo", "synflow"))],
+    ids=str,
+)
+def test_laws_of_a_rewire(name, options, tier):
+    """K stays; |P| = |G| = planned; survivors keep value and moment; what is grown starts at 0."""
+    s = tiny.setup(name, execution="sparse", **options)
+    update = dst.make_update(s.net, s.tx, tiny.loss, devices=ONE)
+    rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=ONE)
+    state, K = s.state, s.state.masks.column.size
+    for event in range(5):
+        for step in range(2):
+            state, _ = update(state, tiny.batch(2 * event + step))
+        before, momentum = state, jax.tree.leaves(state.opt_state)
+        state, report = rewire(state, tiny.batch(event))
+        check_arena(state, K)
+        P = int(plan(s.net, s.method)[0][event])
+        assert int(report["pruned"]) == int(report["grown"]) == P and bool(report["finite"])
+        assert int(report["subset_realised"]) == int(report["subset_asked"])
+        assert {p: int(n) for p, n in report["active"].items()} == {
+            p: m.sum() for p, m in structure(state).items()
+        }
+        index = next(i for i, leaf in enumerate(momentum) if leaf.shape == (K,))
+        old, new = dense(before), dense(state)
+        old_m, new_m = (
+            dense(before, momentum[index]),
+            dense(state, jax.tree.leaves(state.opt_state)[index]),
+        )
+        had, has = structure(before), structure(state)
+        dropped = np.concatenate([np.abs(old[p][had[p] & ~has[p]]) for p in old])
+        kept = np.concatenate([np.abs(old[p][had[p] & has[p]]) for p in old])
+        assert dropped.size == P and dropped.max() <= kept.min()
+        for path, mask in has.items():
+            stays, grown = mask & had[path], mask & ~had[path]
+            np.testing.assert_array_equal(new[path][stays], old[path][stays])
+            np.testing.assert_array_equal(new_m[path][stays], old_m[path][stays])
+            assert not new[path][grown].any() and not new_m[path][grown].any()
+
+
+def test_set_grows_every_inactive_connection_alike():
+    """Chi-square over 600 rewires of one network: a uniform choice over all layers together."""
+    s = tiny.setup("set", execution="sparse", sparsity=0.7, drop_fraction=0.5)
+    rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=ONE)
+    had = structure(s.state)
+    grown = {path: np.zeros(mask.shape) for path, mask in had.items()}
+    draws = 600
+    for seed in range(draws):
+        state, report = rewire(s.state.replace(key=jax.random.key(seed)), s.batch)
+        for path, mask in structure(state).items():
+            grown[path] += mask & ~had[path]
+    times = np.concatenate([grown[path][~had[path]] for path in had])
+    share = int(report["grown"]) / times.size
+    assert times.sum() == draws * int(report["grown"])
+    spread = ((times - draws * share) ** 2).sum() / (draws * share * (1 - share))
+    assert abs(spread - times.size) < 5 * np.sqrt(2 * times.size)
+    by_layer = [grown[path][~had[path]].mean() / (draws * share) for path in had]
+    np.testing.assert_allclose(by_layer, 1, atol=0.06)
+
+
+def test_devices_agree_and_take_the_step_of_one():
+    """Four devices: structure and values bitwise equal on all, the connections of one device."""
+    ends = []
+    for devices in (ONE, jax.local_devices()):
+        s = tiny.setup("gse", norm=False, execution="sparse")
+        update = dst.make_update(s.net, s.tx, tiny.loss, devices=devices)
+        rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=devices)
+        state, _ = update(s.state, tiny.batch(0))
+        ends.append(update(rewire(state, tiny.batch(1))[0], tiny.batch(2))[0])
+    for leaf in jax.tree.leaves((ends[1].masks, ends[1].params, ends[1].opt_state)):
+        copies = [np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards]
+        assert len(copies) == 4 and len(set(copies)) == 1
+    for path, mask in structure(ends[0]).items():
+        np.testing.assert_array_equal(mask, structure(ends[1])[path])
+    close(dense(ends[0]), dense(ends[1]), 1e-4)
+
+
+def test_one_compilation_for_a_whole_run():
+    """Connections move between layers, the compiled functions stay."""
+    s = tiny.setup("gse", execution="sparse")
+    traces = []
+
+    def loss(apply, batch):
+        traces.append(1)
+        return tiny.loss(apply, batch)
+
+    update = dst.make_update(s.net, s.tx, loss)
+    rewire = dst.make_rewire(s.net, s.tx, s.method, loss)
+    state, first = s.state, None
+    for step in range(10):
+        if dst.due(s.method, step):
+            state, report = rewire(state, tiny.batch(step))
+            first = first or len(traces)
+        state, _ = update(state, tiny.batch(step))
+    assert len(traces) == first
+    assert jax.device_get(report["active"]) != jax.device_get(
+        dict(zip(report["active"], s.state.masks.counts(), strict=False))
+    )
+
+
+def test_a_dense_gradient_is_refused():
+    """RigL needs what sparse execution does not have."""
+    s = tiny.setup("rigl", execution="sparse")
+    with pytest.raises(dst.ConfigError, match="gradient of every possible connection"):
+        dst.make_rewire(s.net, s.tx, s.method, tiny.loss)
+
+
+def test_nan_is_reported():
+    """A NaN input makes the update and the rewire say so."""
+    s = tiny.setup("gse", execution="sparse")
+    bad = (np.full_like(s.batch[0], np.nan), s.batch[1])
+    assert not bool(dst.make_update(s.net, s.tx, tiny.loss, devices=ONE)(s.state, bad)[1]["finite"])
+    rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=ONE)
+    assert not bool(rewire(s.state, bad)[1]["finite"])

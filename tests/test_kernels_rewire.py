@@ -1,0 +1,96 @@
+"""The rewire's compiled merges against brute force; nothing here runs where they were not built."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dst import kernels
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
+examples = settings(max_examples=30, deadline=None)
+
+
+def brute_best(lists, k):
+    """The k best of a dictionary of distinct connections, by score, then in order."""
+    best = {}
+    for row, column, score in lists:
+        for r, c, s in zip(row, column, score, strict=True):
+            if s >= 0:
+                best.setdefault((r, c), s)
+    chosen = sorted(best, key=lambda at: (-best[at], at))[:k]
+    return [(*at, best[at]) for at in sorted(chosen)]
+
+
+def candidate_list(rng, n):
+    """n candidates sorted by (row, column), some twice, some empty ones between."""
+    key = np.sort(rng.integers(0, max(1, n), n))
+    score = rng.integers(-1, 4, n).astype(np.float32)
+    score[rng.random(n) < 0.1] = np.nan
+    row, column = (a.astype(np.int32) for a in divmod(key, 5))
+    empty = ~(score >= 0)
+    row[empty], column[empty] = rng.integers(-9, 9, (2, empty.sum()))
+    return row, column, score
+
+
+@examples
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    P=st.integers(0, 40),
+    Q=st.integers(0, 60),
+    part=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_best_of_two_lists(seed, P, Q, part):
+    rng = np.random.default_rng(seed)
+    old, new = candidate_list(rng, P), candidate_list(rng, Q)
+    k = round(part * P)
+    row, column, score = (np.asarray(a) for a in kernels.best(*old, *new, jnp.int32(k)))
+    expected = brute_best([old, new], k)
+    expected += [(2**31 - 1, 0, -1.0)] * (P - len(expected))
+    assert list(zip(row.tolist(), column.tolist(), score.tolist(), strict=True)) == expected
+
+
+def structure_as_pairs(column, pointer):
+    row = np.repeat(np.arange(pointer.size - 1), np.diff(pointer))
+    return list(zip(row.tolist(), np.asarray(column).tolist(), strict=True))
+
+
+@examples
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    density=st.sampled_from([0.0, 0.3, 0.5]),
+    part=st.sampled_from([0.0, 0.4, 1.0]),
+    spare=st.integers(0, 3),
+)
+def test_exchange_of_connections(seed, shape, density, part, spare):
+    rng = np.random.default_rng(seed)
+    exists = rng.random(shape) < density
+    row, column = (a.astype(np.int32) for a in np.nonzero(exists))
+    pointer = np.concatenate([[0], np.cumsum(exists.sum(1))]).astype(np.int32)
+    free = np.argwhere(~exists)
+    k = round(part * min(len(row), len(free)))
+    dropped = np.zeros(len(row), bool)
+    dropped[rng.permutation(len(row))[:k]] = True
+    grown = np.array(sorted(rng.permutation(free)[:k].tolist())).reshape(k, 2)
+    g = np.concatenate([grown, np.full((spare, 2), 2**31 - 1)]).astype(np.int32)
+    new_column, new_pointer, source = (
+        np.asarray(a)
+        for a in kernels.exchange(dropped, column, pointer, g[:, 0], g[:, 1], jnp.int32(k))
+    )
+    old = structure_as_pairs(column, pointer)
+    stay = {at: p for p, at in enumerate(old) if not dropped[p]}
+    expected = sorted([*stay, *map(tuple, grown.tolist())])
+    assert structure_as_pairs(new_column, new_pointer) == expected
+    assert source.tolist() == [stay.get(at, -1) for at in expected]
+
+
+def test_exchange_refuses_to_drop_more_than_it_grows():
+    dropped, column, pointer = np.array([True, True]), np.zeros(2, np.int32), np.int32([0, 1, 2])
+    grown = np.array([1], np.int32)
+    with pytest.raises(Exception, match="as many must be dropped as are grown"):
+        jax.block_until_ready(
+            kernels.exchange(dropped, column, pointer, grown, grown, jnp.int32(1))
+        )

@@ -1,0 +1,93 @@
+"""Which optimizers may see all connections as one vector: accepted, or refused in one sentence."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from dst.config import ConfigError
+from dst.execution import init_rest
+from dst.moments import refuse_unless_coordinate_wise
+from dst.network import network
+
+
+class Model(nn.Module):
+    """Every kind of sparse layer, one of them large enough to be factored, and a norm."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm()(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(5)(nn.Dense(200)(x.reshape(x.shape[0], -1)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """(params without the sparse kernels, sparse layers)."""
+    net = network(Model(), jax.ShapeDtypeStruct((1, 8, 8, 2), jnp.float32))
+    return init_rest(net, jax.random.key(0))["params"], net.layers
+
+
+def by_path(test):
+    """A mask: whether a parameter's path passes `test`."""
+    names = lambda path: [entry.key for entry in path]  # noqa: E731
+    return lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: test(names(path)), tree)
+
+
+def by_shape(test):
+    return lambda tree: jax.tree.map(lambda leaf: test(leaf), tree)
+
+
+ACCEPTED = {
+    "sgd": optax.sgd(0.1, 0.9, nesterov=True),
+    "adamw": optax.adamw(1e-3),
+    "a global norm": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, 0.9)),
+    "MultiSteps": optax.MultiSteps(optax.adam(1e-3), 3),
+    "no decay of biases": optax.adamw(1e-3, mask=by_path(lambda names: names[-1] == "kernel")),
+    "a schedule from 0": optax.lion(optax.linear_schedule(0.0, 0.1, 10)),
+}
+REFUSED = {
+    "lamb": optax.lamb(1e-3),
+    "lars": optax.lars(1e-3),
+    "adafactor": optax.adafactor(1e-3),
+    "factored moments": optax.scale_by_factored_rms(),
+    "muon": optax.contrib.muon(1e-3),
+    "sm3": optax.sm3(0.1),
+    "the norm of a layer": optax.clip_by_block_rms(0.1),
+    "the norm of a unit": optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)),
+    "a mask by ndim": optax.adamw(1e-3, mask=by_shape(lambda leaf: leaf.ndim > 1)),
+    "rates by ndim": optax.multi_transform(
+        {"many": optax.sgd(0.1), "one": optax.sgd(0.2)},
+        by_shape(lambda leaf: "many" if leaf.ndim > 1 else "one"),
+    ),
+    "a mask by layer": optax.masked(
+        optax.set_to_zero(), by_path(lambda names: names[0] == "Dense_0")
+    ),
+    "a mask as a tree": optax.masked(
+        optax.set_to_zero(),
+        {"Conv_0": True, "Dense_0": False, "Dense_1": False, "LayerNorm_0": False},
+    ),
+    "lamb in MultiSteps": optax.MultiSteps(optax.lamb(1e-3), 5),
+    "lamb after steps of 0": optax.lamb(lambda step: jnp.where(step < 6, 0.0, 1e-3)),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_optimizers_that_work_coordinate_by_coordinate_are_accepted(name, model):
+    refuse_unless_coordinate_wise(ACCEPTED[name], *model)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_optimizers_that_look_at_shapes_or_layers_are_refused_in_a_sentence(name, model):
+    with pytest.raises(ConfigError, match=r"all connections are one vector; use .*\.$") as error:
+        refuse_unless_coordinate_wise(REFUSED[name], *model)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_with_nothing_but_sparse_kernels_is_no_exception(model):
+    _, layers = model
+    refuse_unless_coordinate_wise(ACCEPTED["adamw"], {}, layers)
+    with pytest.raises(ConfigError, match="coordinate by coordinate"):
+        refuse_unless_coordinate_wise(REFUSED["lamb"], {}, layers)

@@ -1,0 +1,172 @@
+"""Sparse execution held to the masked one: the same network, the same steps, and its memory."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dst
+from dst import rewire as masked_rewire
+from dst.execution import forward
+from dst.heuristics import synaptic_flow
+from tests import tiny
+from tests.executions import ADAMW, ONE, both, check_arena, close, dense, structure
+
+
+# ------------------------------------------------------------------------------------ the start
+@pytest.mark.parametrize("distribution", ["uniform", "er"])
+def test_the_same_key_gives_the_same_network(distribution):
+    """Connections, values and biases (not zero here) bitwise; no kernel among the parameters."""
+    masked, sparse = both(distribution=distribution)
+    for a, b in ((structure, structure), (dense, dense)):
+        one, other = a(masked.state), b(sparse.state)
+        assert all(one[p].tobytes() == other[p].tobytes() for p in one)
+    params = dict(sparse.state.params)
+    assert params.pop("arena")["kernel"].shape == (sum(tiny.active(masked.state).values()),)
+    assert all(set(leaf) <= {"bias", "scale"} for leaf in params.values())
+    for path, leaf in params.items():
+        for name, value in leaf.items():
+            assert value.tobytes() == masked.state.params[path][name].tobytes()
+    assert np.abs(params["Dense_0"]["bias"]).max() > 0
+    assert dst.sparsity_of(sparse.state.masks) == dst.sparsity_of(masked.state.masks)
+
+
+def test_moments_are_of_the_size_of_what_exists():
+    """No leaf of the state is as large as the largest kernel."""
+    for tx in (tiny.SGD, ADAMW):
+        state = tiny.setup(tx=tx, sparsity=0.95, execution="sparse").state
+        assert max(leaf.size for leaf in jax.tree.leaves(state)) < 54 * 20
+
+
+# ------------------------------------------------------------------------------------- the step
+@pytest.mark.parametrize("tx", [tiny.SGD, ADAMW], ids=["sgd", "adamw"])
+def test_steps_agree(tx, tier):
+    """Forward, gradients, update, moments and batch statistics of five steps."""
+    masked, sparse = both("random", tx)
+    states = [masked.state, sparse.state]
+    updates = [dst.make_update(s.net, tx, tiny.loss, devices=ONE) for s in (masked, sparse)]
+    for step in range(5):
+        results = [u(s, tiny.batch(step)) for u, s in zip(updates, states, strict=True)]
+        states = [state for state, _ in results]
+        close(results[0][1], results[1][1])
+    close(dense(states[0]), dense(states[1]))
+    close(states[0].batch_stats, states[1].batch_stats)
+    vectors = [x for x in jax.tree.leaves(states[1].opt_state) if x.shape == (258,)]
+    trees = jax.tree.leaves(states[0].opt_state, is_leaf=lambda x: isinstance(x, dict))
+    trees = [tree for tree in trees if isinstance(tree, dict)]
+    assert len(vectors) == len(trees) > 0
+    for tree, vector in zip(trees, vectors, strict=True):
+        close(dense(states[0], tree), dense(states[1], vector))
+
+
+def test_the_logits_agree_in_evaluation(tier):
+    """What `evaluate` computes, and for a single image."""
+    logits = [
+        forward(
+            s.net, s.state.params, s.state.masks, s.state.batch_stats, s.batch[0][:1], train=False
+        )
+        for s in both()
+    ]
+    close(*logits)
+
+
+class Lifted(nn.Module):
+    """Layers under nn.remat and nn.jit, and one that is called twice."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.remat(nn.Dense)(12, name="remat")(x)
+        x = nn.jit(nn.Dense)(12, name="jit")(nn.relu(x))
+        shared = nn.Dense(12, name="shared", use_bias=False)
+        return nn.Dense(5, name="head")(shared(nn.relu(shared(x))))
+
+
+def lifted(execution, heuristic="grabo"):
+    """A state of `Lifted` with its parts."""
+    method = dst.method("gse", 0.5, every=2, end=9, heuristic=heuristic)
+    net = dst.network(Lifted(), jnp.zeros((1, 7)), execution=execution)
+    return tiny.Setup(
+        net, tiny.SGD, method, dst.init_state(net, tiny.SGD, method, jax.random.key(1)), ()
+    )
+
+
+def test_lifted_and_shared_layers_agree(tier):
+    """nn.remat, nn.jit and a layer with two calls take the same steps and can be rewired."""
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(8, 7)).astype(np.float32), rng.integers(5, size=8)
+    runs = [lifted("masked"), lifted("sparse")]
+    states = []
+    for s in runs:
+        update = dst.make_update(s.net, s.tx, tiny.loss, devices=ONE)
+        state = s.state
+        for _ in range(3):
+            state, _ = update(state, data)
+        states.append(state)
+    close(dense(states[0]), dense(states[1]))
+    rewire = dst.make_rewire(runs[1].net, runs[1].tx, runs[1].method, tiny.loss, devices=ONE)
+    state, report = rewire(states[1], data)
+    check_arena(state, states[1].masks.column.size)
+    assert int(report["grown"]) > 0
+
+
+# ----------------------------------------------------------------------------------- its memory
+class Wide(nn.Module):
+    """An MLP whose hidden layers' dense kernels dwarf everything else."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.relu(nn.Dense(1024)(x))
+        return nn.Dense(4)(nn.relu(nn.Dense(1024)(x)))
+
+
+@functools.cache
+def wide(execution, heuristic):
+    """Its parts; 4096 is the least chunk, so K is well above it."""
+    net = dst.network(Wide(), jnp.zeros((1, 1024)), execution=execution)
+    method = dst.method("gse", 0.98, heuristic=heuristic, every=2, end=9)
+    return net, method, dst.init_state(net, tiny.SGD, method, jax.random.key(0))
+
+
+def largest(compiled: str) -> int:
+    """Elements of the largest array of any type in a compiled program."""
+    shapes = re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", compiled)
+    return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
+
+
+@pytest.mark.parametrize("heuristic", ["uniform", "grabo", "synflow"])
+def test_nothing_compiled_has_the_size_of_a_dense_kernel(heuristic, tier):
+    """Neither the step nor the rewire nor SynFlow's pass; the masked step does."""
+    data = (jnp.zeros((1, 8, 1024)), jnp.zeros((1, 8), jnp.int32))
+    net, method, state = wide("sparse", heuristic)
+
+    def compiled(body, *args):
+        return (
+            jax.pmap(
+                body,
+                axis_name="devices",
+                in_axes=(None, 0, None)[: len(args)],
+                out_axes=None,
+                devices=ONE,
+            )
+            .lower(*args)
+            .compile()
+            .as_text()
+        )
+
+    limit = 1024 * 1024
+    step = compiled(dst.update.update_body(net, tiny.SGD, tiny.loss), state, data)
+    assert largest(step) < limit // 4
+    fg = {p: (jnp.ones(layer.n_in), jnp.ones(layer.n_out)) for p, layer in net.layers.items()}
+    body = masked_rewire.rewire_body(net, tiny.SGD, method, tiny.loss)
+    assert largest(compiled(body, state, data, fg)) < limit // 2
+    if heuristic == "synflow":
+        with jax.enable_x64(True):
+            flow = jax.jit(functools.partial(synaptic_flow, net))
+            text = flow.lower(state.params, state.masks, state.batch_stats).compile().as_text()
+        assert largest(text) < limit // 4
+    net, method, state = wide("masked", heuristic)
+    assert largest(compiled(dst.update.update_body(net, tiny.SGD, tiny.loss), state, data)) >= limit
