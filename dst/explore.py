@@ -35,6 +35,7 @@ Array = jax.Array
 
 # Candidates drawn at a time: half of |P|, so that drawing takes less memory than what exists.
 LEAST, MOST = 2**12, 2**18
+UNTIL_DONE = 1000  # rounds, of which even a half dense network needs but a few
 
 
 class Tally(NamedTuple):
@@ -64,7 +65,8 @@ def sparse_rewire_body(
         event = jnp.clip(state.step // method.every - 1, 0, len(P_t) - 1)
         P = jnp.asarray(P_t)[event]
         asked = jnp.asarray(S_t)[event] if method.heuristic else P
-        tally = explore(state, *look(state, batch, fg), asked, P)
+        seen, fg = look(state, batch, fg)
+        tally = explore(state, seen, fg, asked, P)
         # With fewer candidates than |P_t| fewer are dropped, never more than can grow.
         k = (tally.found.score >= 0).sum(dtype=jnp.int32)
         arena, weights = state.masks, jnp.abs(state.params[VALUES]["kernel"])
@@ -75,7 +77,7 @@ def sparse_rewire_body(
         grown = best(nothing(tally.found.row.size, weights.dtype), tally.found, k)
         arena, source = exchange(arena, lowest(bits(weights), loose, k), grown, k)
         state = reconnect(tx, state, arena, source)
-        return state, report(state, k, asked, tally, tally.finite & all_finite(weights))
+        return state, report(state, k, asked, tally, tally.finite & all_finite((weights, fg)))
 
     return body
 
@@ -105,8 +107,10 @@ def explorer(net: Network, method: Method, P_t: np.ndarray, S_t: np.ndarray) -> 
     """explore(state, seen, fg, asked, P) -> Tally: the P best of S, in `method.rounds` rounds.
 
     `asked` is |S_l| of each layer (L,); for SET it is P of the whole network, (). What a round
-    draws in vain, because it is active or was drawn before, the next draws again.
+    draws in vain, because it is active or was drawn before, the next draws again. SET goes on
+    until it has P, which is then a uniform choice from all inactive connections.
     """
+    rounds = method.rounds if method.heuristic else UNTIL_DONE
     sizes = np.array([layer.size for layer in net.layers.values()], np.float64)
     most = int(P_t[0])
     chunk = int(np.clip(most // 2, LEAST, MOST))
@@ -131,7 +135,7 @@ def explorer(net: Network, method: Method, P_t: np.ndarray, S_t: np.ndarray) -> 
 
         dtype = state.params[VALUES]["kernel"].dtype
         tally = Tally(nothing(most, dtype), left, jnp.int32(0), jnp.bool_(True))
-        more = lambda carry: (carry[0] < method.rounds) & (carry[1].left > 0).any()  # noqa: E731
+        more = lambda carry: (carry[0] < rounds) & (carry[1].left > 0).any()  # noqa: E731
         return lax.while_loop(more, one_round, (jnp.int32(0), tally))[1]
 
     return explore
@@ -159,7 +163,8 @@ def search(
     parts = [arena.parts[l] for l in group]
     part, paths = parts[0], [p.layer.path for p in parts]
     f, g = (jnp.stack([fg[path][n] for path in paths]) for n in (0, 1))
-    firsts, index = jnp.array([p.first for p in parts]), jnp.array(group)
+    firsts = jnp.array([p.first for p in parts], jnp.int32)
+    index = jnp.array(group, jnp.int32)
     scores = [scorer(p, seen.get(path)) for p, path in zip(parts, paths, strict=True)]
 
     def member(m, tally: Tally) -> Tally:
@@ -176,12 +181,13 @@ def search(
             score = lax.switch(m, scores, column, row % part.n_out)
             score = jnp.where(valid, score.astype(tally.found.score.dtype), -1)
             count = valid.sum(dtype=jnp.int32)
-            return Tally(
-                best(tally.found, Found(row + firsts[m], column, score), P),
-                tally.left.at[l].add(-count) if tally.left.ndim else tally.left - count,
-                tally.realised + count,
-                tally.finite & jnp.isfinite(score).all(),
-            )
+            found = best(tally.found, Found(row + firsts[m], column, score), P)
+            if tally.left.ndim:
+                left = tally.left.at[l].add(-count)
+            else:
+                left = P - (found.score >= 0).sum(dtype=jnp.int32)
+            finite = tally.finite & jnp.isfinite(score).all()
+            return Tally(found, left, tally.realised + count, finite)
 
         return lax.fori_loop(0, -(-want[l] // size), chunk, tally)
 

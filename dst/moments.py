@@ -21,6 +21,8 @@ from dst.network import Layer
 
 Array = jax.Array
 
+MOST_STEPS = 300  # that an optimizer may accumulate, or wait, before it moves the kernels
+
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
@@ -68,8 +70,8 @@ def refuse_unless_coordinate_wise(
 ) -> None:
     """Refuses an optimizer that would treat one vector of all connections unlike the kernels.
 
-    Global norms and masks by a parameter's name are fine. Two steps are taken on small kernels and
-    on the same numbers as one vector, params["arena"]["kernel"].
+    Global norms and masks by a parameter's name are fine. A few steps are taken on small kernels,
+    and on the same numbers as one vector, params["arena"]["kernel"].
     """
     rest = traverse_util.flatten_dict(jax.eval_shape(lambda: params), sep="/")
     try:
@@ -89,8 +91,11 @@ def _small(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _same_steps(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> bool:
-    """Whether small kernels and the same numbers as one vector take the same second step."""
-    rng = np.random.default_rng(0)
+    """Whether small kernels and the same numbers as one vector take the same steps.
+
+    Until the kernels have moved twice: gradients may be accumulated, a schedule may begin at 0.
+    """
+    rng, update = np.random.default_rng(0), jax.jit(tx.update)
 
     def nest(flat: dict[str, np.ndarray]) -> Any:
         flat = {path: leaf.astype(np.float32) for path, leaf in flat.items()}
@@ -103,22 +108,29 @@ def _same_steps(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> bool:
         kernels = {f"{path}/kernel": kernel for path, kernel in own.items()}
         return nest(other | kernels), nest(other | {"arena/kernel": vector})
 
-    def second_step(weights: Any, *gradients: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        state = tx.init(weights)
-        for gradient in gradients:
-            updates, state = tx.update(gradient, state, weights)
+    def step(weights: Any, gradient: Any, state: Any) -> tuple[tuple[Any, Any], Any]:
+        updates, state = update(gradient, state, weights)
         flat = traverse_util.flatten_dict(updates, sep="/")
         own = [flat.pop(f"{p}/kernel").ravel() for p in layers if f"{p}/kernel" in flat]
-        return np.concatenate(own or [flat.pop("arena/kernel")]), flat
+        return (np.concatenate(own or [flat.pop("arena/kernel")]), flat), state
 
-    # Large weights, so that their decay shows.
-    kernels, vector = zip(draw(1e4), draw(1), draw(1), strict=True)
-    close = jax.tree.map(
-        lambda a, b: np.allclose(a, b, rtol=1e-4, atol=0),
-        second_step(*kernels),
-        second_step(*vector),
-    )
-    return jax.tree.all(close)
+    def close(one: Any, other: Any) -> bool:
+        return jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, 1e-4, 0), one, other))
+
+    # Large weights show their decay, large gradients what is clipped.
+    for weight, gradient in ((1e4, 1), (1, 1e4)):
+        weights = draw(weight)
+        states = tuple(tx.init(w) for w in weights)
+        moves = 0
+        for _ in range(MOST_STEPS):
+            taken = map(step, weights, draw(gradient), states)
+            (one, other), states = zip(*taken, strict=True)
+            if not close(one, other):
+                return False
+            moves += bool(np.any(one[0]))
+            if moves == 2:
+                break
+    return True
 
 
 def _same_state(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> bool:

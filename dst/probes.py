@@ -257,7 +257,9 @@ def _units(layer: Layer, calls: list[Tree]) -> tuple[Array, Array]:
             f"layer {layer.path!r} is called on images of several sizes; call it on one size, or "
             "leave it dense with sparse=lambda path: ..."
         )
-    return (h[0], delta[0]) if len(calls) == 1 else (jnp.concatenate(h, 1), jnp.concatenate(delta, 1))
+    return (
+        (h[0], delta[0]) if len(calls) == 1 else (jnp.concatenate(h, 1), jnp.concatenate(delta, 1))
+    )
 
 
 def _calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> dict[str, list]:

@@ -1,4 +1,4 @@
-"""Small random arenas, and the same layers as dense NumPy masks: the oracle of everything sparse."""
+"""Small random arenas, and the same layers as dense NumPy masks, which are the oracle."""
 
 from __future__ import annotations
 

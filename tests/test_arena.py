@@ -72,7 +72,7 @@ def test_what_int32_cannot_count_is_refused_in_a_sentence():
         layout(((1, 2**30), 5), ((1, 2**30), 5))
 
 
-# --------------------------------------------------------------------------- positions, there and back
+# ------------------------------------------------------------------------ positions, there and back
 @examples
 @given(seed=seeds, density=st.sampled_from([0.0, 0.1, 0.5, 1.0]), block=st.integers(1, 10))
 def test_connections_are_sorted_distinct_and_come_back_as_they_were(seed, density, block):

@@ -131,7 +131,8 @@ def test_laws_of_a_rewire(name, options, tier):
         check_arena(state, K)
         P = int(plan(s.net, s.method)[0][event])
         assert int(report["pruned"]) == int(report["grown"]) == P and bool(report["finite"])
-        assert int(report["subset_realised"]) == int(report["subset_asked"])
+        asked, realised = int(report["subset_asked"]), int(report["subset_realised"])
+        assert 0.98 * asked <= realised <= (asked if name == "gse" else 2 * asked)
         assert {p: int(n) for p, n in report["active"].items()} == {
             p: m.sum() for p, m in structure(state).items()
         }

@@ -55,9 +55,9 @@ REFUSED = {
     "factored moments": optax.scale_by_factored_rms(),
     "muon": optax.contrib.muon(1e-3),
     "sm3": optax.sm3(0.1),
-    "the norm of a layer": optax.clip_by_block_rms(0.1),
+    "the norm of a layer": optax.clip_by_block_rms(100.0),
     "the norm of a unit": optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)),
-    "a mask by ndim": optax.adamw(1e-3, mask=by_shape(lambda leaf: leaf.ndim > 1)),
+    "a mask by ndim": optax.adamw(1e-3, weight_decay=1e-6, mask=by_shape(lambda a: a.ndim > 1)),
     "rates by ndim": optax.multi_transform(
         {"many": optax.sgd(0.1), "one": optax.sgd(0.2)},
         by_shape(lambda leaf: "many" if leaf.ndim > 1 else "one"),

@@ -1,4 +1,4 @@
-"""The weakest, the best and their exchange against sorts in NumPy, with many ties, in both tiers."""
+"""The weakest, the best and their exchange against sorts in NumPy, many ties, in both tiers."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_the_strongest_of_each_layer_are_protected(dtype, seed, empty):
 protect = jax.jit(lambda arena, magnitude: select.protected(arena, magnitude, [5, 0, 30]))
 
 
-# ------------------------------------------------------------------------------------ where it stands
+# --------------------------------------------------------------------------------- where it stands
 locate = jax.jit(
     lambda arena, row, column: [
         select.locate(arena, part, row[l], column[l]) for l, part in enumerate(arena.parts)
