@@ -228,7 +228,7 @@ def scorer(part: Part, units: tuple[Array, Array] | None) -> Callable[[Array, Ar
     return score
 
 
-# ---------------------------------------------------------------------------------------- drop, grow
+# --------------------------------------------------------------------------------------- drop, grow
 def reconnect(tx, state: SparseState, arena: Arena, source: Array) -> SparseState:
     """Values and moments follow their connections; those of grown ones start over."""
     values = state.params[VALUES]["kernel"]
