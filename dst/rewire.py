@@ -248,9 +248,14 @@ def make_rewire(
     loss: Loss,
     *,
     devices: list | None = None,
+    donate: bool = False,
 ) -> Callable[[SparseState, Any], tuple[SparseState, dict[str, Any]]]:
-    """The jitted rewire step: (state, batch) -> (state, report); compiled once for a whole run."""
-    step = parallel(rewire_body(net, tx, method, loss), (None, 0, None), devices)
+    """The jitted rewire step: (state, batch) -> (state, report); compiled once for a whole run.
+
+    With `donate` the new state takes the memory of the old one, which is then gone.
+    """
+    body = rewire_body(net, tx, method, loss)
+    step = parallel(body, (None, 0, None), devices, (0,) if donate else ())
     measure = host_heuristic(net, method, loss)
 
     def rewire(state: SparseState, batch: Any):

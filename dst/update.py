@@ -155,13 +155,15 @@ def make_update(
     loss: Loss,
     *,
     devices: list | None = None,
+    donate: bool = False,
 ) -> Callable[[SparseState, Any], tuple[SparseState, dict[str, Array]]]:
     """The jitted update step: (state, batch) -> (state, metrics), on all `devices`.
 
     `batch` is any pytree of arrays (B, ...), split over the devices; B must be divisible by them.
+    With `donate` the new state takes the memory of the old one, which is then gone.
     Weights, gradients and moments of inactive connections are exactly 0 before and after.
     """
-    step = parallel(update_body(net, tx, loss), (None, 0), devices)
+    step = parallel(update_body(net, tx, loss), (None, 0), devices, (0,) if donate else ())
 
     def update(state: SparseState, batch: Any):
         return step(state, split_batch(batch, devices))

@@ -122,8 +122,8 @@ def arguments_of(variant: str, size: int, density: float) -> Arguments:
         part = part_of(size, density)
         count = connections_of(size, density)
         positions = random_positions(jax.random.key(0), size**2, count)
-        arena, weights = fill((part,), [(positions, rng.standard_normal(count, np.float32))])
-        return Arguments(jnp.array(weights), jnp.array(np.zeros_like(weights)), arena, x, delta)
+        arena, values = fill((part,), [(positions, rng.standard_normal(count, np.float32))])
+        return Arguments(jnp.array(values), jnp.array(np.zeros_like(values)), arena, x, delta)
     weights, mask = jnp.array(rng.standard_normal((size, size), np.float32)), None
     if variant in MASKED:
         mask = jnp.array(rng.random((size, size), np.float32) < density)

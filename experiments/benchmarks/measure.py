@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ SMALL = 64  # units of a layer whose memory is nothing
 
 # -------------------------------------------------------------------------------------------- time
 def in_turns(
-    calls: dict[Any, Callable[[], Any]], seconds: float = 0, least: int = LEAST_ROUNDS
+    calls: Mapping[Any, Callable[[], Any]], seconds: float = 0, least: int = LEAST_ROUNDS
 ) -> dict[Any, list[float]]:
     """Seconds of each call in each round: rounds as long as `seconds` last, and `least` of them.
 

@@ -47,6 +47,7 @@ class Task(NamedTuple):
     batch: int
     distribution: str = "uniform"
     learning_rate: float = 1e-3
+    floor: float = 0.0
 
     @property
     def activations(self) -> int:
@@ -62,13 +63,15 @@ def tools(task: Task, variant: str) -> tuple[Any, ...]:
     net = dst.network(
         MLP((task.hidden, task.hidden), 10), example, train=False, execution=execution
     )
-    method = dst.method("gse", task.sparsity, distribution=task.distribution, every=EVERY)
+    options = {"distribution": task.distribution, "floor": task.floor, "every": EVERY}
+    method = dst.method("gse", task.sparsity, **options)
     return net, optax.sgd(task.learning_rate, 0.9), method
 
 
 def state_of(task: Task, variant: str) -> Any:
     """A new network's state, at the step of the first rewire."""
-    state = dst.init_state(*tools(task, variant), jax.random.key(0))
+    net, tx, method = tools(task, variant)
+    state = dst.init_state(net, tx, method, jax.random.key(0))
     return state.replace(step=jnp.int32(EVERY))
 
 
