@@ -19,18 +19,27 @@ from flax.core import tracers
 from dst.arena import VALUES, Arena, Connections, Part
 from dst.convolution import convolve, faster
 from dst.network import Network, is_layer, layer_path, skipped
-from dst.products import add_bias, expand, product
+from dst.products import add_bias, expand, frozen_product, product
 
 Array = jax.Array
 
 
 def forward(
-    net: Network, params: Any, connections: Connections, collections: Mapping, *args, **kwargs
+    net: Network,
+    params: Any,
+    connections: Connections,
+    collections: Mapping,
+    *args,
+    frozen: bool = False,
+    **kwargs,
 ) -> Any:
-    """`net.model.apply` on either kind of connections; `collections` are all but "params"."""
+    """`net.model.apply` on either kind of connections; `collections` are all but "params".
+
+    `frozen` says that no gradient of the sparse layers' values will be asked for.
+    """
     interceptor = faster
     if isinstance(connections, Arena):
-        interceptor = sparse_layers(connections, params[VALUES]["kernel"])
+        interceptor = sparse_layers(connections, params[VALUES]["kernel"], frozen)
     variables = variables_of(params, connections, collections)
     with nn.intercept_methods(interceptor):
         return net.model.apply(variables, *args, **kwargs)
@@ -54,7 +63,7 @@ def variables_of(params: Any, connections: Connections, collections: Mapping) ->
     return {"params": rest, **collections, VALUES: traverse_util.unflatten_dict(flat)}
 
 
-def sparse_layers(arena: Arena, values: Array) -> Callable:
+def sparse_layers(arena: Arena, values: Array, frozen: bool) -> Callable:
     """Interceptor: y = W h + b of the sparse layers, from the arena."""
     parts = {part.layer.path: part for part in arena.parts}
     passed, outside = [values], tracers.current_trace()
@@ -71,8 +80,8 @@ def sparse_layers(arena: Arena, values: Array) -> Callable:
         )
         # One chain of values through all layers, see `products`. A trace of its own (nn.remat,
         # nn.jit) would leak them: such a layer begins a chain, at the cost of K more numbers.
-        chained = tracers.current_trace() == outside
-        y, left = linear(part, module, h, bias, passed[0] if chained else None)
+        chained = not frozen and tracers.current_trace() == outside
+        y, left = linear(part, module, h, bias, passed[0] if chained else None, frozen)
         if chained:
             passed[0] = left
         return y
@@ -86,6 +95,7 @@ def linear(
     h: Array,
     bias: Array | None = None,
     values: Array | None = None,
+    frozen: bool = False,
 ) -> tuple[Array, Array]:
     """W h + b of a sparse layer and its `values`, by default those in the module's collection.
 
@@ -98,11 +108,16 @@ def linear(
     arena = Arena(own["column"], own["pointer"], ())
     if part.layer.kind == "dense":
         columns = h.reshape(-1, h.shape[-1]).T.astype(values.dtype)
-        y, values = product(part, values, arena, columns)
+        if frozen:
+            y = frozen_product(part, values, arena, columns)
+        else:
+            y, values = product(part, values, arena, columns)
         if bias is not None:
             y = add_bias(y, bias.astype(y.dtype))
         return y.T.reshape(*h.shape[:-1], part.n_out).astype(h.dtype), values
     kernel, values = expand(part, values, arena)
+    if frozen:
+        kernel = jax.lax.stop_gradient(kernel)
     images, kernel = h.reshape(-1, *h.shape[-3:]), kernel.astype(h.dtype)
     if jax.default_backend() == "cpu":
         y = convolve(part.layer, images, kernel)

@@ -34,7 +34,7 @@ from dst.update import AXIS, REWIRE_STREAM, Loss, all_finite, run_loss, stream
 Array = jax.Array
 
 # Candidates drawn at a time: half of |P|, so that drawing takes less memory than what exists.
-LEAST, MOST = 2**12, 2**18
+LEAST, MOST = 2**12, 2**20
 UNTIL_DONE = 1000  # rounds, of which even a half dense network needs but a few
 
 
@@ -70,6 +70,10 @@ def sparse_rewire_body(
         # With fewer candidates than |P_t| fewer are dropped, never more than can grow.
         k = (tally.found.score >= 0).sum(dtype=jnp.int32)
         arena, weights = state.masks, jnp.abs(state.params[VALUES]["kernel"])
+        # What is not finite stays as it is; this also orders the check before the exchange, or XLA
+        # would keep a copy of all weights for it.
+        finite = tally.finite & all_finite((weights, fg))
+        k = jnp.where(finite, k, 0)
         loose = jnp.ones(weights.size, bool)
         if keep.any():
             loose = ~protected(arena, weights, keep.tolist())
@@ -77,7 +81,7 @@ def sparse_rewire_body(
         grown = best(nothing(tally.found.row.size, weights.dtype), tally.found, k)
         arena, source = exchange(arena, lowest(bits(weights), loose, k), grown, k)
         state = reconnect(tx, state, arena, source)
-        return state, report(state, k, asked, tally, tally.finite & all_finite((weights, fg)))
+        return state, report(state, k, asked, tally, finite)
 
     return body
 
@@ -202,13 +206,14 @@ def draw_rows(part: Part, key: Array, f: Array, g: Array, size: int, want: Array
     column, output = draw_pairs(key, f, g, part.layer.shape, size)
     wanted = (jnp.arange(size) < want) & (f.max() > 0) & (g.max() > 0)
     row = jnp.where(wanted, column // part.block * part.n_out + output, part.rows)
-    if (part.rows + 1) * part.block > 2**32:
+    if part.rows * part.block > 2**32:
         return lax.sort((row, column), num_keys=2, is_stable=False)
-    # One unsigned number for both sorts several times faster than two.
-    block = np.uint32(part.block)
+    # One unsigned number for both sorts several times faster than two. The highest stands for what
+    # is not wanted; of a layer of exactly 2^32 connections the very last is then never drawn.
+    block, last = np.uint32(part.block), np.uint32(2**32 - 1)
     both = row.astype(jnp.uint32) * block + (column % part.block).astype(jnp.uint32)
-    both = lax.sort(both, is_stable=False)
-    row = (both // block).astype(jnp.int32)
+    both = lax.sort(jnp.where(wanted, both, last), is_stable=False)
+    row = jnp.where(both == last, part.rows, (both // block).astype(jnp.int32))
     return row, (both % block).astype(jnp.int32) + row // part.n_out * part.block
 
 
@@ -235,7 +240,9 @@ def reconnect(tx, state: SparseState, arena: Arena, source: Array) -> SparseStat
     owners = recognise(state.opt_state, state.params, {VALUES: values})
 
     def moved(leaf: Array, start: Array) -> Array:
-        return jnp.where(source < 0, start, leaf[jnp.maximum(source, 0)])
+        in_place = compiled(leaf)
+        stays = kernels.move(leaf, source) if in_place else leaf[jnp.maximum(source, 0)]
+        return jnp.where(source < 0, start, stays)
 
     params = {**state.params, VALUES: {"kernel": moved(values, jnp.zeros((), values.dtype))}}
     leaves, tree = jax.tree.flatten(state.opt_state)

@@ -133,7 +133,7 @@ def _twin(connections: Connections) -> Callable:
             if isinstance(module, nn.BatchNorm):
                 return _normalise(module, x)
             if is_layer(module) and layer_path(module) in sparse:
-                return linear(sparse[layer_path(module)], module, x)[0] + TRACE
+                return linear(sparse[layer_path(module)], module, x, frozen=True)[0] + TRACE
             if is_layer(module) and obstacle(module) is None:
                 kernel = module.get_variable("params", "kernel")
                 dense = isinstance(module, nn.Dense)

@@ -31,6 +31,7 @@ HANDLERS = {
     "dst_gradient_on": "DstGradientOn",
     "dst_best": "DstBest",
     "dst_exchange": "DstExchange",
+    "dst_move": "DstMove",
 }
 THREADS = 0  # those of XLA's pool, if the work is worth it; tests ask for a number
 
@@ -87,7 +88,7 @@ def backward(
     """dx = W^T delta, and dL/dw = x . delta added to the layer's range of `gradient`.
 
     Shapes: x (n_in, B), delta (n_out, B), gradient (K,) -> dx (n_in, B), gradient (K,), in place
-    if XLA can give it away.
+    if XLA can give it away. A gradient of no entries is not computed.
     """
     results = (_like(x), _like(gradient))
     call = _kernel("dst_backward", results, input_output_aliases={5: 1})
@@ -137,6 +138,14 @@ def exchange(
     call = _kernel("dst_exchange", (_like(column), _like(pointer), _like(column)))
     column, pointer, source = call(dropped, column, pointer, grown_row, grown_column, k)
     return column, pointer, source
+
+
+def move(leaf: Array, source: Array) -> Array:
+    """leaf[source] where source is not negative, in place if XLA can give `leaf` away.
+
+    Shapes: float32 (K,), int32 (K,) increasing but for negative ones, where what comes is undefined.
+    """
+    return _kernel("dst_move", _like(leaf), input_output_aliases={0: 0})(leaf, source)
 
 
 def _kernel(name: str, results: Any, **options: Any) -> Callable:

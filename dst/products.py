@@ -52,16 +52,39 @@ def _product_forward(part, values, arena, h):
 
 def _product_backward(part, saved, cotangents):
     values, arena, h = saved
-    delta, gradient = cotangents
-    if compiled(values):
-        pointer = arena.pointer_of(part)
-        dh, gradient = kernels.backward(values, arena.column, pointer, h, delta, gradient)
-    else:
-        dh, gradient = _backward(part, values, arena, h, delta, gradient)
+    dh, gradient = _gradients(part, values, arena, h, *cotangents)
     return gradient, None, dh
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def frozen_product(part: Part, values: Array, arena: Arena, h: Array) -> Array:
+    """y = W h where no gradient of the values is wanted: it takes neither time nor memory."""
+    return product(part, values, arena, h)[0]
+
+
+def _frozen_forward(part, values, arena, h):
+    return frozen_product(part, values, arena, h), (values, arena, h)
+
+
+def _frozen_backward(part, saved, delta):
+    values, arena, h = saved
+    # XLA drops what the pure tier computes in vain.
+    gradient = jnp.zeros(0 if compiled(values) else values.size, values.dtype)
+    return None, None, _gradients(part, values, arena, h, delta, gradient)[0]
+
+
+frozen_product.defvjp(_frozen_forward, _frozen_backward)
+
+
+def _gradients(part: Part, values: Array, arena: Arena, h: Array, delta: Array, gradient: Array):
+    """W^T delta, and dL/dw added to `gradient`."""
+    if compiled(values):
+        pointer = arena.pointer_of(part)
+        return kernels.backward(values, arena.column, pointer, h, delta, gradient)
+    return _backward(part, values, arena, h, delta, gradient)
 
 
 @jax.custom_vjp

@@ -91,7 +91,15 @@ def run_loss(
         collections = {**state.batch_stats, **updated, **(extra or {})}
         mutable = list(state.batch_stats)
         outputs, new = forward(
-            net, params, state.masks, collections, *args, rngs=rngs, mutable=mutable, **kwargs
+            net,
+            params,
+            state.masks,
+            collections,
+            *args,
+            frozen=extra is not None,  # probes are asked for, not parameters
+            rngs=rngs,
+            mutable=mutable,
+            **kwargs,
         )
         updated.update(new)
         return outputs
@@ -109,6 +117,8 @@ def mask_kernels(params: Any, masks: Mapping[str, Array]) -> Any:
 
 def average(leaf: Array) -> Array:
     """Mean over the devices; integers, such as a model's own counters, are equal on all."""
+    if jax.lax.axis_size(AXIS) == 1:
+        return leaf  # XLA would copy it
     return jax.lax.pmean(leaf, AXIS) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
 
 

@@ -94,3 +94,15 @@ def test_exchange_refuses_to_drop_more_than_it_grows():
         jax.block_until_ready(
             kernels.exchange(dropped, column, pointer, grown, grown, jnp.int32(1))
         )
+
+
+@examples
+@given(seed=st.integers(0, 2**32 - 1), K=st.integers(0, 60), gone=st.sampled_from([0.0, 0.3, 0.9]))
+def test_move_of_what_stays(seed, K, gone):
+    rng = np.random.default_rng(seed)
+    stays = np.sort(rng.choice(K, K - int(gone * K), replace=False))
+    source = np.full(K, -1, np.int32)
+    source[np.sort(rng.choice(K, stays.size, replace=False))] = stays
+    leaf = rng.normal(size=K).astype(np.float32)
+    moved = np.asarray(jax.jit(kernels.move, donate_argnums=0)(jnp.asarray(leaf), source))
+    np.testing.assert_array_equal(moved[source >= 0], leaf[source[source >= 0]])

@@ -91,6 +91,20 @@ def check_product(case, dtype=np.float32, tolerance=2e-6):
         np.testing.assert_array_equal(np.asarray(gradient)[outside], before[outside].astype(dtype))
 
 
+def check_frozen(case):
+    """The same y and W^T delta where no gradient of the values is wanted, and none comes."""
+    values, rng = jnp.asarray(case.values, jnp.float32), np.random.default_rng(2)
+    for part in case.arena.parts:
+        h = jnp.asarray(rng.normal(size=(part.n_in, 6)), jnp.float32)
+        y, pull = jax.vjp(lambda v, h, p=part: products.product(p, v, case.arena, h)[0], values, h)
+        same, frozen = jax.vjp(
+            lambda v, h, p=part: products.frozen_product(p, v, case.arena, h), values, h
+        )
+        np.testing.assert_array_equal(y, same)
+        np.testing.assert_array_equal(pull(y)[1], frozen(y)[1])
+        assert not frozen(y)[0].any()
+
+
 def check_expand(case, dtype=np.float32, tolerance=2e-6):
     """The dense kernel of all layers, and its cotangent back on the connections."""
     parts, values = case.arena.parts, jnp.asarray(case.values, dtype)
@@ -113,7 +127,9 @@ def check_expand(case, dtype=np.float32, tolerance=2e-6):
 # ------------------------------------------------------------------------------------ one layer
 def test_products_and_their_cotangents_are_the_dense_ones(tier):
     # Several blocks, one, an empty layer; a batch of 6 and of 1.
-    check_product(random_case(np.random.default_rng(0), 30, parts_of(SHAPES[:3]), empty=(2,)))
+    case = random_case(np.random.default_rng(0), 30, parts_of(SHAPES[:3]), empty=(2,))
+    check_product(case)
+    check_frozen(case)
 
 
 @pytest.mark.parametrize("chunk", [1024, 8])

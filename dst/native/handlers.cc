@@ -118,13 +118,14 @@ ffi::Error backward(ffi::ThreadPool pool, Floats values, Ints column, Ints point
   if (!is_matrix(x) || !is_matrix(delta) || x.dimensions()[1] != delta.dimensions()[1]) {
     return wrong("dst_backward: x is (n_in, B), delta (n_out, B).");
   }
-  if (gradient->element_count() != values.element_count()) {
-    return wrong("dst_backward: the gradient has an entry for each value.");
+  const bool only_dx = gradient->element_count() == 0;
+  if (!only_dx && gradient->element_count() != values.element_count()) {
+    return wrong("dst_backward: the gradient has an entry for each value, or none at all.");
   }
   const auto layer = layer_of(values, column, pointer, delta.dimensions()[0]);
   if (!layer.has_value()) return layer.error();
   const int64_t n_in = x.dimensions()[0], B = x.dimensions()[1];
-  if (before.typed_data() != gradient->typed_data()) {
+  if (!only_dx && before.typed_data() != gradient->typed_data()) {
     std::memcpy(gradient->typed_data(), before.typed_data(), before.size_bytes());
   }
   threads = threads_for(pool, 3 * (connections(*layer) + n_in) * B, threads);
@@ -143,7 +144,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats values, Ints column, Ints point
     const int64_t i0 = piece == 0 ? 0 : b * block + block * piece / pieces;
     const int64_t i1 = piece + 1 == pieces ? n_in : b * block + block * (piece + 1) / pieces;
     level().backward(*layer, x.typed_data(), delta.typed_data(), B, b, i0, i1, dx->typed_data(),
-                     gradient->typed_data());
+                     only_dx ? nullptr : gradient->typed_data());
   });
   return ffi::Error::Success();
 }

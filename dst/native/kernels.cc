@@ -153,7 +153,7 @@ template <int W>
       prefetch<W, false>(x + column[q] * B);
       prefetch<W, true>(dx + column[q] * B);
       const int64_t at = column[p] * B;
-      gradient[p] += d.dot(x + at);
+      if (gradient) gradient[p] += d.dot(x + at);
       d.add_to(dx + at, values[p]);
     }
   }

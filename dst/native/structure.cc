@@ -135,6 +135,25 @@ ffi::Error exchange(Flags dropped, Ints column, Ints pointer, Ints grown_row, In
   return ffi::Error::Success();
 }
 
+// leaf[p] <- leaf[source[p]] in place. What stays is in order, so that nothing is read after it was
+// written if moves to the left go from left to right, then moves to the right from right to left.
+ffi::Error move(Floats before, Ints source, FloatResult leaf) {
+  const int64_t K = leaf->element_count();
+  if (int64_t(before.element_count()) != K || int64_t(source.element_count()) != K) {
+    return ffi::Error::InvalidArgument("dst_move: leaf and source have one length.");
+  }
+  float* v = leaf->typed_data();
+  const int32_t* from = source.typed_data();
+  if (before.typed_data() != v) std::copy_n(before.typed_data(), K, v);
+  for (int64_t p = 0; p < K; p++) {
+    if (from[p] > p) v[p] = v[from[p]];
+  }
+  for (int64_t p = K - 1; p >= 0; p--) {
+    if (from[p] >= 0 && from[p] < p) v[p] = v[from[p]];
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace dst
 
@@ -161,3 +180,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstExchange, dst::exchange,
                                   .Ret<Ints>()
                                   .Ret<Ints>()
                                   .Ret<Ints>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DstMove, dst::move,
+                              ffi::Ffi::Bind().Arg<Floats>().Arg<Ints>().Ret<Floats>());
