@@ -26,7 +26,7 @@ Array = jax.Array
 
 VALUES = "arena"  # params["arena"]["kernel"]
 BLOCK = 512  # inputs: 512 rows of 128 float32 of h and of dL/dh are half a MiB
-PER_ROW = 8  # connections a row should have on average, else blocks are larger
+PER_ROW = 4  # connections a row should have on average, else blocks are larger
 
 
 class Part(NamedTuple):

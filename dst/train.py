@@ -6,12 +6,10 @@ is killed and started again ends bit for bit as if it had not been.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import resource
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +27,7 @@ from dst.methods import Method
 from dst.network import Network, network
 from dst.plan import due
 from dst.products import tier
+from dst.signals import stop_signals
 from dst.state import (
     SparseState,
     active_counts,
@@ -81,8 +80,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """
     # ---- Build
     log.refuse_another_run(workdir, config.to_dict())
+    header = log.header(config.to_dict())
     if config.execution == "sparse":
-        log.say(f"Sparse execution: {tier()}.")
+        header["tier"] = tier()
+        log.say(f"Sparse execution: {header['tier']}.")
     devices = jax.local_devices()[: check_devices(config, jax.local_device_count())]
     dataset = data.load(config.dataset, config.data_dir, config.validation_size)
     example = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
@@ -112,7 +113,6 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     held_out = len(dataset.validation_labels) > 0
     record = {"config": config.to_dict()}
-    header = log.header(config.to_dict())
     with log.open_log(workdir, header, int(state.step)) as writer:
         parts = Parts(
             config=config,
@@ -300,22 +300,3 @@ def end(run: Parts, state: SparseState, step: int) -> None:
     log.say(
         f"Test accuracy {test['test_accuracy']:.4f} at sparsity {sparsity_of(state.masks):.4f}."
     )
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM or SIGINT fills, for the loop to save and end; a second one kills."""
-    caught: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    for number in map(int, (signal.SIGTERM, signal.SIGINT)):
-        before[number] = signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

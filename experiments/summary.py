@@ -12,8 +12,8 @@ from dst.log import read
 
 RESULTS = Path(__file__).parent / "results"
 HEADER = """\
-| data set | network | method | sparsity | epochs | seed | test accuracy | log |
-| --- | --- | --- | --- | --- | --- | --- | --- |"""
+| data set | network | execution | method | sparsity | epochs | seed | test accuracy | log |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def row(log: Path) -> str:
@@ -22,10 +22,13 @@ def row(log: Path) -> str:
     config = header["config"]
     end = next(e for e in reversed(events) if e["event"] in ("end", "eval"))
     method = config["method"] + (f" ({config['heuristic']})" if config["method"] == "gse" else "")
-    network = config["model"] + (f"-{config['depth']}" if config["model"] == "resnet" else "")
+    size = {"resnet": f"-{config['depth']}", "mlp": f" {'-'.join(map(str, config['hidden']))}"}
+    network = config["model"] + size.get(config["model"], "")
+    execution = config.get("execution", "masked")  # the first logs know no other
     return (
-        f"| {config['dataset']} | {network} | {method} | {end['sparsity']:.2%} | {end['epoch']} "
-        f"| {config['seed']} | {end['test_accuracy']:.2%} | `{log.relative_to(RESULTS)}` |"
+        f"| {config['dataset']} | {network} | {execution} | {method} | {end['sparsity']:.2%} "
+        f"| {end['epoch']} | {config['seed']} | {end['test_accuracy']:.2%} "
+        f"| `{log.relative_to(RESULTS)}` |"
     )
 
 

@@ -46,3 +46,17 @@ def test_the_results_are_those_of_the_committed_logs():
     )
     table = re.search(r"<!-- python experiments/summary.py -->\n(.*?)\n<!--", README, re.DOTALL)
     assert table and table[1] == done.stdout.strip()
+
+
+def test_the_savings_are_those_of_the_committed_benchmarks():
+    """The first screen's table is what `experiments/benchmarks/table.py` prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.benchmarks.table"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    marker = r"<!-- python -m experiments.benchmarks.table -->\n(.*?)\n<!--"
+    table = re.search(marker, README, re.DOTALL)
+    assert table and table[1] == done.stdout.strip()

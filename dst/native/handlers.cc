@@ -20,6 +20,7 @@ namespace {
 // Multiply-adds below which waking another thread costs more than it saves.
 constexpr int64_t kAlone = int64_t{1} << 20;
 constexpr int64_t kPartsPerThread = 4;
+constexpr int64_t kPieces = 8;  // at least, of a layer's backward pass
 
 // The best level of this CPU, or what DST_KERNELS names (baseline, v3, v4) if that is lower.
 const Level& level() {
@@ -128,7 +129,8 @@ ffi::Error backward(ffi::ThreadPool pool, Floats values, Ints column, Ints point
   if (!only_dx && before.typed_data() != gradient->typed_data()) {
     std::memcpy(gradient->typed_data(), before.typed_data(), before.size_bytes());
   }
-  threads = threads_for(pool, 3 * (connections(*layer) + n_in) * B, threads);
+  const int64_t work = 3 * (connections(*layer) + n_in) * B;
+  threads = threads_for(pool, work, threads);
   parallel_for(pool, threads, threads, [&](int64_t part) {
     const int64_t i0 = n_in * part / threads, i1 = n_in * (part + 1) / threads;
     std::memset(dx->typed_data() + i0 * B, 0, (i1 - i0) * B * sizeof(float));
@@ -137,13 +139,16 @@ ffi::Error backward(ffi::ThreadPool pool, Floats values, Ints column, Ints point
   // input into pieces. The block's inputs are estimated, which is enough: the first piece takes
   // all before, the last all after.
   const int64_t blocks = layer->blocks, block = blocks > 0 ? (n_in + blocks - 1) / blocks : 0;
-  const int64_t wanted = threads > 1 ? kPartsPerThread * threads : 1;
+  // The number of pieces sets the order of the sums, so it does not depend on that of the threads.
+  const int64_t wanted = work < kAlone ? 1 : kPieces;
   const int64_t pieces = blocks > 0 ? (wanted + blocks - 1) / blocks : 0;
   parallel_for(pool, blocks * pieces, threads, [&](int64_t part) {
-    const int64_t b = part / pieces, piece = part % pieces;
+    // Pieces of one block write into the same cache lines of the gradient: not at the same time.
+    const int64_t b = part % blocks, piece = part / blocks;
+    const int64_t first = layer->n_out * piece / pieces;
     const int64_t i0 = piece == 0 ? 0 : b * block + block * piece / pieces;
     const int64_t i1 = piece + 1 == pieces ? n_in : b * block + block * (piece + 1) / pieces;
-    level().backward(*layer, x.typed_data(), delta.typed_data(), B, b, i0, i1, dx->typed_data(),
+    level().backward(*layer, x.typed_data(), delta.typed_data(), B, b, i0, i1, first, dx->typed_data(),
                      only_dx ? nullptr : gradient->typed_data());
   });
   return ffi::Error::Success();

@@ -136,13 +136,14 @@ int64_t first_from(int64_t i, const int32_t* column, int64_t p, int64_t end) {
 
 template <int W>
 [[gnu::noinline]] void backward_tile(const Layer& layer, const float* x, const float* delta,
-                                     int64_t B, int64_t b, int64_t i0, int64_t i1, float* dx,
-                                     float* gradient) {
+                                     int64_t B, int64_t b, int64_t i0, int64_t i1, int64_t first,
+                                     float* dx, float* gradient) {
   const float* values = layer.values;
   const int32_t* column = layer.column;
   const int32_t* row = layer.pointer + b * layer.n_out;
   const int64_t last = int64_t{row[layer.n_out]} - 1;
-  for (int64_t o = 0; o < layer.n_out; o++) {
+  for (int64_t n = 0; n < layer.n_out; n++) {
+    const int64_t o = n + first < layer.n_out ? n + first : n + first - layer.n_out;
     int64_t p = row[o];
     const int64_t end = row[o + 1];
     if (p < end && column[p] < i0) p = first_from(i0, column, p, end);
@@ -166,9 +167,10 @@ void multiply(const Layer& layer, const float* x, int64_t B, int64_t o0, int64_t
 }
 
 void backward(const Layer& layer, const float* x, const float* delta, int64_t B, int64_t b,
-              int64_t i0, int64_t i1, float* dx, float* gradient) {
+              int64_t i0, int64_t i1, int64_t first, float* dx, float* gradient) {
   each_tile(B, [&](auto width, int64_t t) {
-    backward_tile<decltype(width)::value>(layer, x + t, delta + t, B, b, i0, i1, dx + t, gradient);
+    backward_tile<decltype(width)::value>(layer, x + t, delta + t, B, b, i0, i1, first, dx + t,
+                                          gradient);
   });
 }
 

@@ -22,9 +22,9 @@ struct Level {
   // y[o] = sum of values[p] * x[column[p]] for the outputs o0 .. o1 - 1.
   void (*multiply)(const Layer&, const float* x, int64_t B, int64_t o0, int64_t o1, float* y);
   // dx[column[p]] += values[p] * delta[o] and gradient[p] += x[column[p]] . delta[o] for the
-  // connections of block b whose input is in i0 .. i1 - 1.
+  // connections of block b whose input is in i0 .. i1 - 1, from output `first` on and around.
   void (*backward)(const Layer&, const float* x, const float* delta, int64_t B, int64_t b,
-                   int64_t i0, int64_t i1, float* dx, float* gradient);
+                   int64_t i0, int64_t i1, int64_t first, float* dx, float* gradient);
   // out[p] = x[i[p]] . delta[o[p]], 0 where i or o is negative.
   void (*gradient_on)(const int32_t* i, const int32_t* o, int64_t n, const float* x,
                       const float* delta, int64_t B, float* out);

@@ -39,16 +39,17 @@ def in_turns(
 ) -> dict[Any, list[float]]:
     """Seconds of each call in each round: rounds as long as `seconds` last, and `least` of them.
 
-    One more round before is not counted.
+    Every turn makes one call before that is not counted: else the smaller ones would pay for the
+    caches, and for the pages, that the larger ones took.
     """
     times: dict[Any, list[float]] = {name: [] for name in calls}
-    end, rounds = time.perf_counter() + seconds, -1
+    end, rounds = time.perf_counter() + seconds, 0
     while rounds < least or time.perf_counter() < end:
         for name, call in calls.items():
+            jax.block_until_ready(call())
             begin = time.perf_counter()
             jax.block_until_ready(call())
-            if rounds >= 0:
-                times[name].append(time.perf_counter() - begin)
+            times[name].append(time.perf_counter() - begin)
         rounds += 1
     return times
 
