@@ -90,13 +90,6 @@ def _distinct(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
     return found
 
 
-def random_mask(key: jax.Array, shape: tuple[int, ...], count: int) -> np.ndarray:
-    """The positions of `random_positions`, in C order, as a bool array of `shape`."""
-    mask = np.zeros(math.prod(shape), bool)
-    mask[random_positions(key, mask.size, count)] = True
-    return mask.reshape(shape)
-
-
 def fan_in_weights(key: jax.Array, output: np.ndarray, n_out: int, gain: float = 2.0) -> np.ndarray:
     """Weights of variance gain / n_j, n_j the actual fan-in of output unit j (Evci et al., 2019).
 
