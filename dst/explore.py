@@ -43,7 +43,7 @@ class Tally(NamedTuple):
 
     found: Found  # the best |P| candidates
     left: Array  # candidates still to draw: int32 (L,) of each layer, or () of the network
-    realised: Array  # int32 (), inactive candidates scored, distinct in their chunk
+    realised: Array  # int32 (), inactive candidates scored, distinct at least in their chunk
     finite: Array  # bool (), whether all their scores were
 
 
@@ -184,12 +184,12 @@ def search(
             valid = inside & ~active & ~jnp.append(jnp.zeros(1, bool), again)
             score = lax.switch(m, scores, column, row % part.n_out)
             score = jnp.where(valid, score.astype(tally.found.score.dtype), -1)
-            count = valid.sum(dtype=jnp.int32)
             found = best(tally.found, Found(row + firsts[m], column, score), P)
-            if tally.left.ndim:
-                left = tally.left.at[l].add(-count)
-            else:
-                left = P - (found.score >= 0).sum(dtype=jnp.int32)
+            # As long as there is room for all, what a chunk draws again is known and not counted.
+            held = (found.score >= 0).sum(dtype=jnp.int32)
+            more = held - (tally.found.score >= 0).sum(dtype=jnp.int32)
+            count = jnp.where(held < P, more, valid.sum(dtype=jnp.int32))
+            left = tally.left.at[l].add(-count) if tally.left.ndim else P - held
             finite = tally.finite & jnp.isfinite(score).all()
             return Tally(found, left, tally.realised + count, finite)
 

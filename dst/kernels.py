@@ -143,7 +143,7 @@ def exchange(
 def move(leaf: Array, source: Array) -> Array:
     """leaf[source] where source is not negative, in place if XLA can give `leaf` away.
 
-    Shapes: float32 (K,), int32 (K,) increasing but for negative ones, where what comes is undefined.
+    Shapes: float32 (K,), int32 (K,), increasing but for negative ones, whose result is undefined.
     """
     return _kernel("dst_move", _like(leaf), input_output_aliases={0: 0})(leaf, source)
 
