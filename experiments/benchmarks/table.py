@@ -14,7 +14,7 @@ from experiments.benchmarks.measure import table
 
 RESULTS = Path(__file__).parents[1] / "results"
 HEAD = (
-    "network",
+    "network and its sparsity",
     "connections",
     "masked: a step",
     "peak",
@@ -43,7 +43,7 @@ def size(number: float) -> str:
 
 def seconds(number: float) -> str:
     """Seconds in words."""
-    return f"{number:.2g} s" if number >= 1 else f"{number * 1e3:.2g} ms"
+    return f"{number:.2g} s" if number >= 1 else f"{number * 1e3:.0f} ms"
 
 
 def fits() -> Iterator[list[str]]:
@@ -56,7 +56,7 @@ def fits() -> Iterator[list[str]]:
             [c["peak_bytes"]["rss"] for c in (masked, sparse)],
         )
         yield [
-            f"{masked['inputs']}-{hidden}-{hidden}-10, {masked['sparsity']:.0%} sparse",
+            f"{masked['inputs']}-{hidden}-{hidden}-10, {100 * masked['sparsity']:.6g} %",
             f"{masked['connections'] / 1e6:.2f} M",
             *(text for t, p in zip(times, peaks, strict=True) for text in (seconds(t), size(p))),
             f"{times[0] / times[1]:.0f} ×",
@@ -69,7 +69,7 @@ def does_not_fit() -> Iterator[list[str]]:
     for cell in {c["hidden"]: c for c in lines("huge.jsonl")}.values():
         peak = cell["step_bytes"]["rss"]
         yield [
-            f"{cell['inputs']}-{cell['hidden']}-{cell['hidden']}-10, {cell['sparsity']:.5g} sparse",
+            f"{cell['inputs']}-{cell['hidden']}-{cell['hidden']}-10, {100 * cell['sparsity']:.6g} %",
             f"{cell['connections'] / 1e6:.3g} M",
             "–",
             f"{size(cell['dense_bytes'])} of state alone",
