@@ -68,8 +68,9 @@ def does_not_fit() -> Iterator[list[str]]:
     """Rows of networks of which masked execution could not even hold weights and moments."""
     for cell in {c["hidden"]: c for c in lines("huge.jsonl")}.values():
         peak = cell["step_bytes"]["rss"]
+        network = f"{cell['inputs']}-{cell['hidden']}-{cell['hidden']}-10"
         yield [
-            f"{cell['inputs']}-{cell['hidden']}-{cell['hidden']}-10, {100 * cell['sparsity']:.6g} %",
+            f"{network}, {100 * cell['sparsity']:.6g} %",
             f"{cell['connections'] / 1e6:.3g} M",
             "–",
             f"{size(cell['dense_bytes'])} of state alone",
