@@ -224,7 +224,7 @@ def scorer(part: Part, units: tuple[Array, Array] | None) -> Callable[[Array, Ar
         if units is None:
             return jnp.ones(column.size)
         h, delta = units
-        if part.layer.kind == "dense" and compiled(h):
+        if part.layer.kind == "dense" and compiled(h) and compiled(delta):
             G = kernels.gradient_on(column, output, h, delta)
         else:
             G = gradient_at(part.layer, h, delta, column, output)
