@@ -56,7 +56,7 @@ def default() -> ConfigDict:
     config.drop_fraction = 0.2  # |P| / |A| at step 0, annealed to 0 by a cosine
     config.layer_floor = 0.0  # share of its first connections a layer always keeps; 0: the paper's
     config.rewire_every = 1000  # steps between two rewires
-    config.rewire_end_epoch = 120  # the cosine's end; the paper's second learning rate drop
+    config.rewire_end_epoch = 120.0  # the cosine's end; the paper's second learning rate drop
     config.subset_ratio = 10.0  # |S| / |P|, at least 1
     config.sampling_rounds = 8  # draws per rewire that fill S in spite of duplicates
 
@@ -104,9 +104,9 @@ def number(inside: Callable[[float], bool], allowed: str) -> Rule:
     return lambda v: _is_number(v) and inside(v), f"a number {allowed}"
 
 
-def _ints(inside: Callable[[tuple], bool], allowed: str) -> Rule:
+def _tuple(each: Callable[[Any], bool], inside: Callable[[tuple], bool], allowed: str) -> Rule:
     def ok(v: Any) -> bool:
-        return isinstance(v, tuple) and all(_is_int(i) and i >= 1 for i in v) and inside(v)
+        return isinstance(v, tuple) and all(map(each, v)) and inside(v)
 
     return ok, allowed
 
@@ -119,7 +119,9 @@ _RULES: dict[str, Rule] = {
     "depth": (lambda v: _is_int(v) and v >= 8 and v % 6 == 2, "6n+2 with n >= 1 (8, 14, ... 56)"),
     # Both networks start with 16 channels.
     "width": number(lambda v: v >= 1 / 16, ">= 0.0625, one channel in the first layer"),
-    "hidden": _ints(lambda v: len(v) >= 1, "a tuple of one or more integers >= 1"),
+    "hidden": _tuple(
+        lambda i: _is_int(i) and i >= 1, bool, "a tuple of one or more integers >= 1"
+    ),
     "precision": choice("float32", "bfloat16"),
     "method": choice("dense", "random", "set", "rigl", "gse"),
     "execution": choice("masked", "sparse"),
@@ -129,15 +131,16 @@ _RULES: dict[str, Rule] = {
     "drop_fraction": number(lambda v: 0 <= v <= 1, "in [0, 1]"),
     "layer_floor": number(lambda v: 0 <= v < 1, "in [0, 1)"),
     "rewire_every": _integer(1),
-    "rewire_end_epoch": _integer(1),
+    "rewire_end_epoch": number(lambda v: v > 0, "> 0"),
     "subset_ratio": number(lambda v: v >= 1, ">= 1"),
     "sampling_rounds": _integer(1),
     "epochs": _integer(1),
     "batch_size": _integer(1),
     "learning_rate": number(lambda v: v > 0, "> 0"),
-    "lr_drop_epochs": _ints(
+    "lr_drop_epochs": _tuple(
+        lambda i: _is_number(i) and i > 0,
         lambda v: all(a < b for a, b in pairwise(v)),
-        "a tuple of increasing integers >= 1",
+        "a tuple of increasing numbers > 0",
     ),
     "lr_drop_factor": number(lambda v: 0 < v <= 1, "in (0, 1]"),
     "momentum": number(lambda v: 0 <= v < 1, "in [0, 1)"),

@@ -59,7 +59,7 @@ RULES: dict[str, Rule | str] = {
     "drop_fraction": "drop_fraction",
     "floor": "layer_floor",
     "every": "rewire_every",
-    "end": "rewire_end_epoch",
+    "end": "rewire_every",
     "subset_ratio": "subset_ratio",
     "rounds": "sampling_rounds",
     "gain": number(lambda v: v > 0, "> 0"),

@@ -63,8 +63,8 @@ def largest_remainder(total: int, weights: Sequence[int], caps: Sequence[int]) -
 
 
 def learning_rate(
-    base: float, drop_epochs: Sequence[int], factor: float, steps_per_epoch: int
+    base: float, drop_epochs: Sequence[float], factor: float, steps_per_epoch: int
 ) -> optax.Schedule:
-    """`base`, times `factor` from the first step of each of `drop_epochs` on."""
-    drops = {epoch * steps_per_epoch: factor for epoch in drop_epochs}
+    """`base`, times `factor` from the first step of each of `drop_epochs`, maybe fractions, on."""
+    drops = {round(epoch * steps_per_epoch): factor for epoch in drop_epochs}
     return optax.piecewise_constant_schedule(base, drops)

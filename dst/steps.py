@@ -62,7 +62,7 @@ def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
         drop_fraction=config.drop_fraction,
         floor=config.layer_floor,
         every=config.rewire_every,
-        end=config.rewire_end_epoch * steps_per_epoch,
+        end=round(config.rewire_end_epoch * steps_per_epoch),
         subset_ratio=config.subset_ratio,
         rounds=config.sampling_rounds,
     )
