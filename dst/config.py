@@ -1,4 +1,4 @@
-"""What can be set in a run, and to what: `default`, `load`, `validate`, `resolve`, `check_devices`.
+"""What can be set in a run, and to what: `default`, `load`, `validate`, `check_devices`.
 
 Imports no JAX, so that a mistake is reported before anything slow happens.
 """
@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
-NOT_SPARSE = {
-    "dense": "has no inactive connection to leave out",
-    "rigl": "needs the gradient of every possible connection",
-}
+METHODS = (
+    *("dense", "lottery", "pruning", "snip", "grasp", "grasp_abs", "synflow"),
+    *("random", "set", "rigl", "gse", "gse_v2", "snfs", "dsr", "deepr", "granet", "itop"),
+)
+RAMPS = ("pruning", "granet")  # the sparsity grows until rewire_end_epoch
+SPARSE = ("random", "set", "gse", "gse_v2")  # in sparse execution; and rigl with a streamed growth
 TRAIN_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
 
 
@@ -45,20 +48,26 @@ def default() -> ConfigDict:
     config.hidden = (1024, 1024)  # mlp only: units of each hidden layer
     config.precision = "float32"  # of the compute: 'float32' or 'bfloat16'; the state is float32
 
-    # Sparsity.
-    config.method = "gse"  # 'dense', 'random' (static), 'set', 'rigl' or 'gse' (the paper's)
+    # Sparsity. None: the method's own value, which resolve() fills in; the paper's is named.
+    config.method = "gse"  # a row of dst/methods.py: 'gse' is the paper's
     # 'masked': dense arrays, every method; 'sparse': memory of the connections that exist; random,
-    # set, gse.
+    # set, gse, gse_v2 and a streamed rigl.
     config.execution = "masked"  # 'masked' or 'sparse'
-    config.heuristic = "grabo"  # where gse looks: 'uniform', 'grabo' or 'synflow'
     config.sparsity = 0.98  # inactive fraction of all kernels, in [0, 1); dense ignores it
-    config.distribution = "uniform"  # of the sparsity over layers: 'uniform', 'er' or 'erk'
-    config.drop_fraction = 0.2  # |P| / |A| at step 0, annealed to 0 by a cosine
+    config.initial_sparsity = placeholder(float)  # None: granet's 0.5, else `sparsity`
+    config.distribution = placeholder(str)  # 'uniform' (paper), 'er', 'er_unfolded' or 'erk'
+    config.heuristic = placeholder(str)  # 'uniform', 'grabo' (gse's), 'synflow' or 'graest'
+    config.growth_memory = "dense"  # of rigl: 'streamed' never holds more than a block of it
+    config.drop_fraction = placeholder(float)  # |P| / |A| at step 0, 0.2; annealed by a cosine
     config.layer_floor = 0.0  # share of its first connections a layer always keeps; 0: the paper's
-    config.rewire_every = 1000  # steps between two rewires
-    config.rewire_end_epoch = 120.0  # the cosine's end; the paper's second learning rate drop
-    config.subset_ratio = 10.0  # |S| / |P|, at least 1
-    config.sampling_rounds = 8  # draws per rewire that fill S in spite of duplicates
+    config.rewire_every = placeholder(int)  # steps between two rewires, 1000
+    config.rewire_end_epoch = placeholder(float)  # the cosine's end, 120: the second lr drop
+    config.subset_ratio = placeholder(float)  # |S| / |P|, at least 1; 10
+    config.sampling_rounds = placeholder(int)  # draws per rewire that fill S, 8
+    config.track_explored = False  # report the share of connections that ever existed (ITOP)
+    config.grasp_temperature = placeholder(float)  # 200 for grasp, 1 for grasp_abs
+    config.score_batches = 0  # batches that snip and grasp look at; 0: the whole training set
+    config.lottery_levels = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98)  # those below `sparsity` come before
 
     # Optimizer: SGD.
     config.epochs = 200  # passes over the training set
@@ -68,6 +77,7 @@ def default() -> ConfigDict:
     config.lr_drop_factor = 0.1  # in (0, 1]
     config.momentum = 0.9  # in [0, 1)
     config.weight_decay = 1e-4  # L2 on every parameter
+    config.l1 = 0.0  # L1 on every sparse kernel: DeepR's alpha
     config.patience = 50  # stop after so many epochs without a better loss; 0: never
     config.seed = 0  # of everything random
 
@@ -111,6 +121,12 @@ def _tuple(each: Callable[[Any], bool], inside: Callable[[tuple], bool], allowed
     return ok, allowed
 
 
+# Fields that may be None, which stands for the method's own value.
+OWN_VALUE = (
+    *("initial_sparsity", "distribution", "heuristic", "drop_fraction", "rewire_every"),
+    *("rewire_end_epoch", "subset_ratio", "sampling_rounds", "grasp_temperature"),
+)
+_SPARSITY = number(lambda v: 0 <= v < 1, "in [0, 1)")
 _RULES: dict[str, Rule] = {
     "dataset": choice(*TRAIN_IMAGES),
     "data_dir": (lambda v: isinstance(v, str), "the path of a folder, as a string"),
@@ -119,21 +135,29 @@ _RULES: dict[str, Rule] = {
     "depth": (lambda v: _is_int(v) and v >= 8 and v % 6 == 2, "6n+2 with n >= 1 (8, 14, ... 56)"),
     # Both networks start with 16 channels.
     "width": number(lambda v: v >= 1 / 16, ">= 0.0625, one channel in the first layer"),
-    "hidden": _tuple(
-        lambda i: _is_int(i) and i >= 1, bool, "a tuple of one or more integers >= 1"
-    ),
+    "hidden": _tuple(lambda i: _is_int(i) and i >= 1, bool, "a tuple of one or more integers >= 1"),
     "precision": choice("float32", "bfloat16"),
-    "method": choice("dense", "random", "set", "rigl", "gse"),
+    "method": choice(*METHODS),
     "execution": choice("masked", "sparse"),
-    "heuristic": choice("uniform", "grabo", "synflow"),
-    "sparsity": number(lambda v: 0 <= v < 1, "in [0, 1)"),
-    "distribution": choice("uniform", "er", "erk"),
+    "sparsity": _SPARSITY,
+    "initial_sparsity": _SPARSITY,
+    "distribution": choice("uniform", "er", "er_unfolded", "erk"),
+    "heuristic": choice("", "uniform", "grabo", "synflow", "graest"),
+    "growth_memory": choice("dense", "streamed"),
     "drop_fraction": number(lambda v: 0 <= v <= 1, "in [0, 1]"),
     "layer_floor": number(lambda v: 0 <= v < 1, "in [0, 1)"),
     "rewire_every": _integer(1),
     "rewire_end_epoch": number(lambda v: v > 0, "> 0"),
     "subset_ratio": number(lambda v: v >= 1, ">= 1"),
     "sampling_rounds": _integer(1),
+    "track_explored": (lambda v: isinstance(v, bool), "True or False"),
+    "grasp_temperature": number(lambda v: v > 0, "> 0"),
+    "score_batches": _integer(0),
+    "lottery_levels": _tuple(
+        lambda v: _is_number(v) and 0 <= v < 1,
+        lambda v: all(a < b for a, b in pairwise(v)),
+        "a tuple of increasing numbers in [0, 1)",
+    ),
     "epochs": _integer(1),
     "batch_size": _integer(1),
     "learning_rate": number(lambda v: v > 0, "> 0"),
@@ -145,6 +169,7 @@ _RULES: dict[str, Rule] = {
     "lr_drop_factor": number(lambda v: 0 < v <= 1, "in (0, 1]"),
     "momentum": number(lambda v: 0 <= v < 1, "in [0, 1)"),
     "weight_decay": number(lambda v: v >= 0, ">= 0"),
+    "l1": number(lambda v: v >= 0, ">= 0"),
     "patience": _integer(0),
     "seed": _integer(0, 2**32 - 1),
     "eval_every": _integer(1),
@@ -186,7 +211,8 @@ def check_name(field: str) -> None:
 def check_field(field: str, value: Any) -> None:
     """`ConfigError` if there is no such field or if it cannot have this value."""
     check_name(field)
-    check_value(field, value, _RULES[field])
+    if value is not None or field not in OWN_VALUE:
+        check_value(field, value, _RULES[field])
 
 
 def check_value(name: str, value: Any, rule: Rule | str) -> None:
@@ -204,10 +230,17 @@ def validate(config: ConfigDict) -> None:
         if field not in config:
             raise ConfigError(f'The field "{field}" is missing; start from dst.config.default().')
         check_field(field, config[field])
-    if config.execution == "sparse" and config.method in NOT_SPARSE:
+    streamed = config.method == "rigl" and config.growth_memory == "streamed"
+    if config.execution == "sparse" and not (config.method in SPARSE or streamed):
         raise ConfigError(
-            f"method must be 'random', 'set' or 'gse' with execution 'sparse', not "
-            f"{config.method!r}, which {NOT_SPARSE[config.method]}."
+            f"method must be 'random', 'set', 'gse' or 'gse_v2', or 'rigl' with growth_memory "
+            f"'streamed', in execution 'sparse', not {config.method!r}, which needs every weight."
+        )
+    end = 120.0 if config.rewire_end_epoch is None else config.rewire_end_epoch
+    if config.method in RAMPS and end >= config.epochs:
+        raise ConfigError(
+            f"rewire_end_epoch must be below epochs, {config.epochs}, for method "
+            f"{config.method!r}, which reaches its sparsity then, not {end}."
         )
     left = TRAIN_IMAGES[config.dataset] - config.validation_size
     if config.batch_size > left:
@@ -220,18 +253,6 @@ def validate(config: ConfigDict) -> None:
             "model 'vgg' halves 32x32 images five times; for the 8x8 images of dataset 'digits' "
             "it must be 'mlp' or 'resnet'."
         )
-
-
-def resolve(config: ConfigDict) -> ConfigDict:
-    """A locked copy in which what follows from other fields is filled in.
-
-    There is one such thing: `method='dense'` trains every connection, so its sparsity is 0,
-    whatever the file that it overrides says (`--config.method=dense` is enough for a baseline).
-    """
-    resolved = config.copy_and_resolve_references()
-    if resolved.method == "dense":
-        resolved.sparsity = 0.0
-    return resolved.lock()
 
 
 def check_devices(config: ConfigDict, available: int) -> int:

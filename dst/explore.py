@@ -56,13 +56,14 @@ def sparse_rewire_body(
             f"method is {method.name!r}, which needs the gradient of every possible connection; "
             "execution 'sparse' allows 'set' and 'gse'."
         )
-    P_t, S_t = plan(net, method)
+    planned = plan(net, method)
+    P_t, S_t = planned.grown, planned.subset
     keep = floors(net, method)
     look = observer(net, method, loss)
     explore = explorer(net, method, P_t, S_t)
 
     def body(state: SparseState, batch: Any, fg: Any):
-        event = jnp.clip(state.step // method.every - 1, 0, len(P_t) - 1)
+        event = planned.event(state.step)
         P = jnp.asarray(P_t)[event]
         asked = jnp.asarray(S_t)[event] if method.heuristic else P
         seen, fg = look(state, batch, fg)

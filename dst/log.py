@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -148,14 +148,14 @@ class Bar(tqdm):
         self.update(step - self.n)
 
 
-def progress(total: int, step: int) -> Bar:
-    """A bar of `total` steps that starts at `step`, with ETA."""
+def progress(total: int, step: int, unit: str = "step") -> Bar:
+    """A bar of `total` steps, or of another unit, that starts at `step`, with ETA."""
     tty = sys.stderr.isatty()
-    form = "step {n_fmt}/{total_fmt} {elapsed}<{remaining} {rate_fmt}{postfix}"
+    form = unit + " {n_fmt}/{total_fmt} {elapsed}<{remaining} {rate_fmt}{postfix}"
     return Bar(
         total=total,
         initial=step,
-        unit=" steps",
+        unit=f" {unit}s",
         file=sys.stderr,
         miniters=1,
         mininterval=0.2 if tty else 10,
@@ -163,6 +163,23 @@ def progress(total: int, step: int) -> Bar:
         leave=tty,
         bar_format="{percentage:3.0f}% |{bar}| " + form if tty else "{percentage:3.0f}% " + form,
     )
+
+
+@contextmanager
+def scoring() -> Iterator[Callable[[int, int], None]]:
+    """`show(done, total)` moves a bar over the passes of pruning before training."""
+    bars: list[Bar] = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(progress(total, 0, "scoring pass"))
+        bars[0].show(done)
+
+    try:
+        yield show
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def say(sentence: str) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dst.config import ConfigError, check_field, check_name, load, resolve, validate
+from dst.config import ConfigError, check_field, check_name, load, validate
+from dst.methods import resolve
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, Path]:

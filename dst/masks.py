@@ -14,7 +14,7 @@ from dst.schedules import largest_remainder
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-DISTRIBUTIONS = ("uniform", "er", "erk")
+DISTRIBUTIONS = ("uniform", "er", "er_unfolded", "erk")
 
 
 def active_count(possible: int, sparsity: float) -> int:
@@ -26,7 +26,8 @@ def layer_densities(shapes: Shapes, sparsity: float, distribution: str) -> dict[
     """Density of each layer; their mean weighted by layer size is 1 - s.
 
     `uniform`: 1 - s everywhere. `er`: eps (n_in + n_out) / (n_in n_out) over channels (Mocanu et
-    al., 2018). `erk`: eps (sum of the kernel's dimensions) / (their product) (Evci et al., 2020).
+    al., 2018). `er_unfolded`: the same with kx ky n_in for n_in (Heddes et al., 2024). `erk`: eps
+    (sum of the kernel's dimensions) / (their product) (Evci et al., 2020).
     A layer that would exceed 1 is dense and eps is solved again for the others.
     """
     if distribution not in DISTRIBUTIONS:
@@ -36,7 +37,9 @@ def layer_densities(shapes: Shapes, sparsity: float, distribution: str) -> dict[
     size = {path: math.prod(shape) for path, shape in shapes.items()}
     if distribution == "uniform":
         return dict.fromkeys(shapes, 1.0 - sparsity)
-    dims = {path: s if distribution == "erk" else s[-2:] for path, s in shapes.items()}
+    unfolded = {path: (math.prod(s[:-1]), s[-1]) for path, s in shapes.items()}
+    channels = {path: s[-2:] for path, s in shapes.items()}
+    dims = {"er": channels, "er_unfolded": unfolded, "erk": shapes}[distribution]
     raw = {path: sum(d) / math.prod(d) for path, d in dims.items()}
     full: set[str] = set()
     while True:
@@ -101,6 +104,12 @@ def fan_in_weights(key: jax.Array, output: np.ndarray, n_out: int, gain: float =
     weights = _generator(key).standard_normal(len(output), np.float32)
     weights *= std[output]
     return weights
+
+
+def random_signs(key: jax.Array, shapes: Shapes) -> dict[str, jax.Array]:
+    """A sign for every possible connection: bool arrays, True for +, each as likely."""
+    rng = _generator(key)
+    return {path: jnp.asarray(rng.random(shape) < 0.5) for path, shape in shapes.items()}
 
 
 def thinned(

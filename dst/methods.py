@@ -1,14 +1,27 @@
-"""The rows of Table 1: a method is a value.
+"""The rows of Table 1, and the related methods: a method is a value.
 
-| row    | starts    | candidates           | scored by             | memory of a rewire       |
-| ------ | --------- | -------------------- | --------------------- | ------------------------ |
-| dense  | all       | -                    | -                     | -                        |
-| random | G(n, M)   | -                    | -                     | -                        |
-| set    | G(n, M)   | all inactive         | chance                | sparse                   |
-| rigl   | G(n, M)   | all inactive         | the dense gradient    | dense                    |
-| gse    | G(n, M)   | S from f x g         | the gradient on S     | sparse                   |
+| row       | starts with    | drops                    | grows                     | memory      |
+| --------- | -------------- | ------------------------ | ------------------------- | ----------- |
+| dense     | everything     | -                        | -                         | dense       |
+| lottery   | everything     | weakest, between rounds  | -                         | dense       |
+| pruning   | everything     | weakest, cubic ramp      | -                         | dense       |
+| snip      | everything     | before: |w g|            | -                         | dense, once |
+| grasp     | everything     | before: w Hg             | -                         | dense, once |
+| grasp_abs | everything     | before: |w Hg|           | -                         | dense, once |
+| synflow   | everything     | before: w dR/dw          | -                         | dense, once |
+| random    | G(n, M)        | -                        | -                         | sparse      |
+| set       | G(n, M)        | weakest                  | by chance                 | sparse      |
+| rigl      | G(n, M)        | weakest                  | largest gradient          | dense       |
+| gse       | G(n, M)        | weakest                  | largest gradient on S~f g | sparse      |
+| gse_v2    | G(n, M), ER    | weakest                  | as gse, |S_l| = c |A_l|   | sparse      |
+| snfs      | G(n, M)        | weakest of each layer    | largest momentum          | dense       |
+| dsr       | G(n, M)        | below a threshold        | by chance                 | sparse      |
+| deepr     | G(n, M), signs | whose sign changed       | by chance                 | sparse      |
+| granet    | G(n, M) at 0.5 | weakest, cubic ramp      | largest gradient          | dense       |
+| itop      | G(n, M), ERK   | weakest, its schedule    | largest gradient          | dense       |
 
-`rewire.py` has the one step in which they differ.
+`rewire.py` has the one step in which those that drop or grow differ, `scores.py` what prunes before
+training, `lottery.py` the rounds.
 """
 
 from __future__ import annotations
@@ -16,6 +29,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from dst.config import ConfigError, Rule, check_field, check_value, choice, number
 
@@ -25,51 +39,127 @@ class Method(NamedTuple):
 
     name: str
     sparsity: float  # s, of all possible connections
+    initial: float | None = None  # sparsity at the first step; None: s from the first step on
     distribution: str = "uniform"  # of the sparsity over the layers at the start
+    gain: float = 2.0  # variance of a new network's weights x fan-in; 2 is He's
+    before: str = ""  # score of `scores.py` that prunes once, before the first step
+    temperature: float = 200.0  # T of GraSP's logits / T
+    iterations: int = 100  # n of SynFlow's d_k = (1 - s)^(k/n)
+    drop: str = ""  # "magnitude", "layer magnitude", "threshold" or "sign"; "": nothing moves
+    score: str = ""  # "chance", "gradient", "dense gradient" or "momentum"; "": nothing grows
+    share: str = ""  # growth over layers: by rank of all; "momentum" or "survivors" of each layer
     heuristic: str = ""  # f x g that S is drawn from; "": every inactive connection
-    score: str = ""  # "chance", "dense gradient" or "gradient"; "": never rewired
-    drop_fraction: float = 0.2  # |P| / |A| at step 0; a cosine takes it to 0 at `end`
+    growth_memory: str = "dense"  # of the dense gradient; "streamed": one block of it at a time
+    drop_fraction: float = 0.2  # |P| / |A| at step 0; a cosine takes it to `last_fraction` at `end`
+    last_fraction: float = 0.0
     floor: float = 0.0  # share of its first connections that a layer always keeps; 0: the paper's
     every: int = 1000  # steps between two rewires
-    end: int = 46_800  # the first step that is not rewired any more
-    subset_ratio: float = 10.0  # c = |S| / |P|
+    end: int = 46_800  # the first step that is not rewired any more, or a ramp's last one
+    subset_ratio: float = 10.0  # c = |S| / |P|, or |S_l| / |A_l|
+    subset_of: str = "dropped"  # |S| = c |P|, split by layer size; "active": |S_l| = c |A_l|
     rounds: int = 8  # of drawing, to replace duplicates and active connections
-    gain: float = 2.0  # variance of a new network's weights x fan-in; 2 is He's
+    explored: bool = False  # remember which connections ever existed, and report their share
 
     @property
-    def grows(self) -> bool:
-        """Whether connections ever move."""
-        return bool(self.score)
+    def moves(self) -> bool:
+        """Whether connections ever change during training."""
+        return bool(self.drop)
 
+    @property
+    def first_sparsity(self) -> float:
+        """The sparsity of the network that `init_state` makes."""
+        return self.sparsity if self.initial is None else self.initial
+
+    @property
+    def ramps(self) -> bool:
+        """Whether the sparsity grows during training, with a last rewire at `end` itself."""
+        return self.moves and self.first_sparsity != self.sparsity
+
+
+_RIGL = {"drop": "magnitude", "score": "dense gradient"}
+_GSE = {"drop": "magnitude", "score": "gradient", "heuristic": "grabo"}
 
 ROWS: dict[str, dict] = {
     "dense": {},
+    "lottery": {"initial": 0.0},
+    "pruning": {"initial": 0.0, "drop": "magnitude"},
+    "snip": {"initial": 0.0, "before": "snip"},
+    "grasp": {"initial": 0.0, "before": "grasp"},
+    "grasp_abs": {"initial": 0.0, "before": "grasp_abs", "temperature": 1.0},
+    "synflow": {"initial": 0.0, "before": "synflow"},
     "random": {},
-    "set": {"score": "chance"},
-    "rigl": {"score": "dense gradient"},
-    "gse": {"score": "gradient", "heuristic": "grabo"},
+    "set": {"drop": "magnitude", "score": "chance"},
+    "rigl": _RIGL,
+    "gse": _GSE,
+    "gse_v2": _GSE
+    | {
+        "distribution": "er_unfolded",
+        "heuristic": "uniform",
+        "subset_of": "active",
+        "subset_ratio": 1.0,
+        "rounds": 1,
+    },
+    "snfs": {
+        "drop": "layer magnitude",
+        "score": "momentum",
+        "share": "momentum",
+        "drop_fraction": 0.5,
+    },
+    "dsr": {"drop": "threshold", "score": "chance", "share": "survivors"},
+    "deepr": {"drop": "sign", "score": "chance"},
+    "granet": _RIGL | {"initial": 0.5, "distribution": "erk", "drop_fraction": 0.5},
+    "itop": _RIGL
+    | {
+        "distribution": "erk",
+        "drop_fraction": 0.5,
+        "last_fraction": 0.005,
+        "every": 4000,
+        "explored": True,
+    },
 }
-
 
 # What `options` may be: the rule of a config field, or one of their own.
 RULES: dict[str, Rule | str] = {
+    "initial": "initial_sparsity",
     "distribution": "distribution",
+    "gain": number(lambda v: v > 0, "> 0"),
+    "before": choice("", "snip", "grasp", "grasp_abs", "synflow"),
+    "temperature": "grasp_temperature",
+    "iterations": "rewire_every",
+    "drop": choice("", "magnitude", "layer magnitude", "threshold", "sign"),
+    "score": choice("", "chance", "gradient", "dense gradient", "momentum"),
+    "share": choice("", "momentum", "survivors"),
     "heuristic": "heuristic",
-    "score": choice("", "chance", "dense gradient", "gradient"),
+    "growth_memory": "growth_memory",
     "drop_fraction": "drop_fraction",
+    "last_fraction": "drop_fraction",
     "floor": "layer_floor",
     "every": "rewire_every",
     "end": "rewire_every",
     "subset_ratio": "subset_ratio",
+    "subset_of": choice("dropped", "active"),
     "rounds": "sampling_rounds",
-    "gain": number(lambda v: v > 0, "> 0"),
+    "explored": "track_explored",
 }
+
+# Config fields that a method may have its own value of: the field of `Method`.
+OWN = {
+    "initial_sparsity": "initial",
+    "distribution": "distribution",
+    "grasp_temperature": "temperature",
+    "heuristic": "heuristic",
+    "drop_fraction": "drop_fraction",
+    "rewire_every": "every",
+    "subset_ratio": "subset_ratio",
+    "sampling_rounds": "rounds",
+}
+END_EPOCH = 120.0  # the paper's second learning rate drop; ITOP explores to the last epoch
 
 
 def method(name: str, sparsity: float = 0.98, **options) -> Method:
     """A row of Table 1 by name; `options` are fields of `Method`.
 
-    Errors: an unknown name, field or heuristic, or a value out of range.
+    Errors: an unknown name, field or heuristic, a value out of range, an initial sparsity above s.
     """
     check_field("method", name)
     check_field("sparsity", sparsity)
@@ -81,7 +171,43 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
     # A step count is often NumPy's; a method holds plain numbers.
     options = {f: v.item() if isinstance(v, np.generic) else v for f, v in options.items()}
     for field, value in options.items():
-        check_value(field, value, RULES[field])
-    if name != "gse":
+        if value is not None or field != "initial":
+            check_value(field, value, RULES[field])
+    if "heuristic" not in ROWS[name]:
         options.pop("heuristic", None)
-    return Method(name, 0.0 if name == "dense" else sparsity, **{**ROWS[name], **options})
+    made = Method(name, 0.0 if name == "dense" else sparsity, **{**ROWS[name], **options})
+    _check(made, ROWS[name].get("initial"))
+    return made
+
+
+def _check(made: Method, own: float | None) -> None:
+    """Fields that do not go together."""
+    if made.initial != own and made.drop != "magnitude":
+        raise ConfigError(f"initial must be None for method {made.name!r}, not {made.initial}.")
+    if made.first_sparsity > made.sparsity:
+        raise ConfigError(
+            f"initial must be at most {made.sparsity}, the sparsity to reach, not {made.initial}."
+        )
+    if made.share and (made.heuristic or made.growth_memory == "streamed"):
+        raise ConfigError(
+            f"share must be '' for a method that does not score every inactive connection at "
+            f"once, not {made.share!r}."
+        )
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A locked copy in which what follows from other fields is filled in.
+
+    A field that is None has the method's own value, its source's; `method='dense'` trains every
+    connection, so its sparsity is 0, whatever the file that it overrides says.
+    """
+    resolved = config.copy_and_resolve_references()
+    own = Method(config.method, config.sparsity)._replace(**ROWS[config.method])
+    for field, name in OWN.items():
+        if resolved[field] is None:
+            resolved[field] = getattr(own, name)
+    if resolved.rewire_end_epoch is None:
+        resolved.rewire_end_epoch = float(config.epochs) if config.method == "itop" else END_EPOCH
+    if resolved.method == "dense":
+        resolved.sparsity = 0.0
+    return resolved.lock()

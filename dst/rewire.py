@@ -1,18 +1,20 @@
 """The rewire step, Figure 1 of the paper: drop P, sample S, score S, grow G.
 
-SET, RigL and guided stochastic exploration are this one step. They differ in where the candidates
-come from (`everything`, or a sample S from f x g) and in how these are scored (`by_chance`, by the
-dense gradient, by the gradient on S).
+Every method that moves connections during training is this one step. They differ in which
+connections may be dropped (the weakest, those below a threshold, those whose sign changed), where
+candidates come from (`everything`, or a sample S from f x g), how these are scored (by chance, by
+momentum, by the dense gradient, by the gradient on S), and whether growth is ranked over the whole
+network or shared out to layers.
 
-A, the active connections, are the masks; |A| = K never changes. Candidates are flat positions in
-one vector over all layers, so that the weakest are dropped and the best grown globally.
+A, the active connections, are the masks. Candidates are flat positions in one vector over all
+layers, so that the weakest are dropped and the best grown globally.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +23,20 @@ import optax
 from jax import lax
 
 from dst.config import ConfigError
+from dst.drop import DROPS, weakest
 from dst.explore import sparse_rewire_body
 from dst.heuristics import HEURISTICS, ON_HOST
-from dst.masks import active_count, dead_units
+from dst.masks import dead_units
 from dst.methods import Method
 from dst.moments import recognise, reset_inactive
 from dst.network import Network
-from dst.plan import floors, plan
+from dst.plan import asked, plan
 from dst.probes import gradient_on
+from dst.remember import after_rewire, told
 from dst.sample import draw_subset
-from dst.state import SparseState, kernels_of
+from dst.select import bits, lowest
+from dst.share import share_out
+from dst.state import SparseState, active_counts, join, kernels_of
 from dst.update import (
     AXIS,
     REWIRE_STREAM,
@@ -47,68 +53,93 @@ Array = jax.Array
 ByLayer = dict[str, Array]
 
 
+class Candidates(NamedTuple):
+    """S, and how good each is: flat positions over all layers; -inf for what cannot grow."""
+
+    position: Array  # int32 (|S|,)
+    score: Array  # float (|S|,)
+    asked: Array  # int32 (), |S| that was asked for
+    finite: Array  # bool (), whether all scores were
+
+
 # ------------------------------------------------------------------------------ the step, Figure 1
 def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, loss: Loss):
     """One rewire on one device's share of the batch: (state, batch, f x g) -> (state, report)."""
-    if not method.grows:
+    if not method.moves:
         raise ConfigError(f"method is {method.name!r}, whose connections never move.")
     if net.execution == "sparse":
         return sparse_rewire_body(net, tx, method, loss)
-    P_t, S_t = plan(net, method)
-    P_max, S_max = int(P_t[0]), S_t[0]
-    choose = subset(net, method, loss) if method.heuristic else everything
-    score = SCORES[method.score](net, loss)
+    planned = plan(net, method)
+    may_drop = DROPS[method.drop](net, method)
+    sample = candidates(net, method, loss)
+    most = int(planned.grown.max()) if method.drop == "magnitude" else net.possible
 
     def body(state: SparseState, batch: Any, fg: Any):
-        event = jnp.clip(state.step // method.every - 1, 0, len(P_t) - 1)
-        asked = jnp.asarray(S_t)[event]
+        event = planned.event(state.step)
+        target, G_t = (jnp.asarray(n)[event] for n in (planned.active, planned.grown))
         # The gradient is taken before the drop; P and G are disjoint: S holds inactive ones only.
-        S, valid = choose(state, batch, fg, asked, S_max)
-        scores = score(state, batch, S)
-        finite = all_finite((scores, kernels_of(state.params, state.masks)))
-        best = jnp.where(join(valid), join(scores), -jnp.inf)
-        # With fewer candidates than |P_t| fewer are dropped, never more than can grow.
-        k = jnp.minimum(jnp.asarray(P_t)[event], jnp.isfinite(best).sum(dtype=jnp.int32))
+        S = sample(state, batch, fg, event)
         A, w = join(state.masks), join(kernels_of(state.params, state.masks))
-        if method.floor:
-            w, k = protect(floors(net, method), state, k)
-        survivors, A = exchange(A, w, join(positions(net, S)), best, k, P_max)
-        state = reconnect(tx, state, apart(net, A), apart(net, survivors))
-        return state, report(state, k, asked if method.heuristic else None, valid, finite)
+        surplus = A.sum(dtype=jnp.int32) - target
+        eligible, wanted = may_drop(state, event, surplus + G_t)
+        room = jnp.minimum(wanted, eligible.sum(dtype=jnp.int32))
+        # With fewer candidates than |P| fewer are dropped, never more than can grow.
+        grow = jnp.minimum(room - surplus, jnp.isfinite(S.score).sum(dtype=jnp.int32))
+        grow = jnp.clip(grow, 0, most) if method.score else jnp.int32(0)
+        dropped = jnp.minimum(surplus + grow, room)
+        survivors = A & ~weakest(w, eligible, dropped)
+        weights = layer_weights(method, state, survivors)
+        A = survivors | grown(net, S, grow, most, weights)
+        finite = S.finite & all_finite(kernels_of(state.params, state.masks))
+        own = after_rewire(state.method, apart(net, A), wanted, G_t)
+        state = reconnect(tx, state, apart(net, A), apart(net, survivors)).replace(method=own)
+        return state, report(state, dropped, grow, S, finite)
 
     return body
 
 
-def protect(keep: np.ndarray, state: SparseState, k: Array) -> tuple[Array, Array]:
-    """The weights, infinite for the keep[l] strongest of layer l, and k, at most the other ones.
+def grown(net: Network, S: Candidates, k: Array, most: int, weights: Array | None) -> Array:
+    """G, the k <= `most` best of S: bool (N,). Of equals the first in layer order.
 
-    Shapes: keep (L,), weights (N,), k int32 (). Of equals the first in layer order is kept.
+    Globally, or with `weights` (L,) shared out to the layers in proportion, where S is everything.
     """
-    weights, others = {}, jnp.int32(0)
-    for n, (path, w) in zip(keep, kernels_of(state.params, state.masks).items(), strict=True):
-        mask = state.masks[path].ravel()
-        _, strongest = lax.top_k(jnp.where(mask, jnp.abs(w.ravel()), -jnp.inf), int(n))
-        weights[path] = w.ravel().at[strongest].set(jnp.inf)
-        others += jnp.maximum(mask.sum(dtype=jnp.int32) - int(n), 0)
-    return join(weights), jnp.minimum(k, others)
-
-
-def exchange(A: Array, w: Array, S: Array, score: Array, k: Array, size: int):
-    """Drop the k weakest of A, grow the k best of S: (A without P, A without P and with G).
-
-    Shapes: A bool (N,), w (N,), S int32 (|S|,) positions in A, score (|S|,), k <= size int32 ().
-    Both choices are global, by stable rank: of equals the first in layer order.
-    """
-    P = top(jnp.where(A, -jnp.abs(w), -jnp.inf), size, k, A.size)
-    G = jnp.append(S, A.size)[top(score, size, k, S.size)]
-    survivors = A.at[P].set(False, mode="drop")
-    return survivors, survivors.at[G].set(True, mode="drop")
+    if weights is None:
+        best = top(S.score, most, k, S.position.size)
+        G = jnp.append(S.position, net.possible)[best]
+        return jnp.zeros(net.possible, bool).at[G].set(True, mode="drop")
+    sizes = [layer.size for layer in net.layers.values()]
+    scores = jnp.split(S.score, np.cumsum(sizes)[:-1])
+    room = jnp.stack([jnp.isfinite(score).sum(dtype=jnp.int32) for score in scores])
+    counts = share_out(k, weights, room)
+    best = [
+        lowest(~bits(jnp.maximum(score, 0)), jnp.isfinite(score), count)
+        for score, count in zip(scores, counts, strict=True)
+    ]
+    return jnp.concatenate(best)
 
 
 def top(score: Array, size: int, k: Array, nowhere: int) -> Array:
     """Positions of the k largest of `score` in static shape: `nowhere` from rank k on."""
     _, index = lax.top_k(score, min(size, score.size))
     return jnp.where(jnp.arange(index.size) < k, index, nowhere)
+
+
+def layer_weights(method: Method, state: SparseState, survivors: Array) -> Array | None:
+    """By what growth is shared out to the layers: float32 (L,); None: ranked over all of them.
+
+    SNFS: mean |momentum| of the active connections. DSR: how many have survived.
+    """
+    if not method.share:
+        return None
+    if method.share == "survivors":
+        ends = np.cumsum([mask.size for mask in state.masks.values()])[:-1]
+        return jnp.stack([part.sum(dtype=jnp.float32) for part in jnp.split(survivors, ends)])
+    v = state.method["momentum"]
+    means = [
+        jnp.where(mask, jnp.abs(v[path]), 0).sum() / jnp.maximum(mask.sum(), 1)
+        for path, mask in state.masks.items()
+    ]
+    return jnp.stack(means)
 
 
 def reconnect(tx, state: SparseState, masks: ByLayer, survivors: ByLayer) -> SparseState:
@@ -119,47 +150,70 @@ def reconnect(tx, state: SparseState, masks: ByLayer, survivors: ByLayer) -> Spa
     return state.replace(params=params, opt_state=opt_state, masks=masks)
 
 
-def report(state: SparseState, k: Array, asked: Array | None, valid: ByLayer, finite: Array):
-    """What a rewire did, for the log: |P| = |G|, |S| asked and realised, each layer's counts.
-
-    Where all inactive connections are candidates, `asked` is None and S is all of them.
-    """
-    realised = sum(v.sum(dtype=jnp.int32) for v in valid.values())
+def report(state: SparseState, dropped: Array, grow: Array, S: Candidates, finite: Array):
+    """What a rewire did, for the log: |P|, |G|, |S| asked and realised, each layer's counts."""
     return {
-        "pruned": k,
-        "grown": k,
-        "subset_asked": realised if asked is None else asked.sum(),
-        "subset_realised": realised,
-        "active": {path: m.sum(dtype=jnp.int32) for path, m in state.masks.items()},
+        "pruned": dropped,
+        "grown": grow,
+        "subset_asked": S.asked,
+        "subset_realised": jnp.isfinite(S.score).sum(dtype=jnp.int32),
+        "active": active_counts(state.masks),
         "dead_units": {path: dead_units(m) for path, m in state.masks.items()},
+        **told(state.method),
         "finite": finite,
     }
 
 
 # ---------------------------------------------------------------------- where candidates come from
-def everything(state: SparseState, batch, fg, asked, S_max) -> tuple[ByLayer, ByLayer]:
+def candidates(net: Network, method: Method, loss: Loss) -> Callable[..., Candidates]:
+    """S and its scores, of the method: (state, batch, f x g, event) -> Candidates."""
+    if not method.score:
+        return nothing
+    choose = subset(net, method, loss) if method.heuristic else everything
+    score = SCORES[method.score](net, loss)
+
+    def sample(state: SparseState, batch: Any, fg: Any, event: Array) -> Candidates:
+        S, valid, wanted = choose(state, batch, fg, event)
+        scores = score(state, batch, S)
+        best = jnp.where(join(valid), join(scores), -jnp.inf)
+        return Candidates(join(positions(net, S)), best, wanted, all_finite(scores))
+
+    return sample
+
+
+def nothing(state: SparseState, batch: Any, fg: Any, event: Array) -> Candidates:
+    """No candidate: pruning only drops."""
+    none = jnp.full(1, -jnp.inf)
+    return Candidates(jnp.zeros(1, jnp.int32), none, jnp.int32(0), jnp.bool_(True))
+
+
+def everything(state: SparseState, batch, fg, event) -> tuple[ByLayer, ByLayer, Array]:
     """Every inactive connection: all positions, valid where the mask is not."""
     S = {path: jnp.arange(mask.size, dtype=jnp.int32) for path, mask in state.masks.items()}
-    return S, {path: ~mask.ravel() for path, mask in state.masks.items()}
+    valid = {path: ~mask.ravel() for path, mask in state.masks.items()}
+    return S, valid, join(valid).sum(dtype=jnp.int32)
 
 
 def subset(net: Network, method: Method, loss: Loss) -> Callable:
     """S: |S_l| distinct inactive connections of each layer, drawn from f x g of the heuristic."""
     measure = HEURISTICS[method.heuristic](net, loss)
-    K = active_count(net.possible, method.sparsity)
+    planned = plan(net, method)
+    S_max = planned.subset.max(0)
 
     # Layers of one shape are drawn by one vmapped sampler: ResNet-56 compiles 7 of them, not 57.
     alike: dict[tuple[int, ...], list[int]] = {}
     for l, layer in enumerate(net.layers.values()):
         alike.setdefault(layer.shape, []).append(l)
 
-    def choose(state: SparseState, batch, fg, asked, S_max) -> tuple[ByLayer, ByLayer]:
+    def choose(state: SparseState, batch, fg, event) -> tuple[ByLayer, ByLayer, Array]:
         fg = fg if method.heuristic in ON_HOST else measure(state, batch)
         key, paths = stream(state, REWIRE_STREAM), list(net.layers)
+        active = jnp.stack([*active_counts(state.masks).values()])
+        wanted = asked(method, jnp.asarray(planned.subset)[event], active)
         S, valid = {}, {}
         for group in alike.values():
             size = max(1, int(S_max[group].max()))
-            exhaustible = size >= net.layers[paths[group[0]]].size - K
+            exhaustible = size >= net.layers[paths[group[0]]].size - int(planned.active.max())
             draw = functools.partial(
                 draw_subset, size=size, rounds=method.rounds, exhaustible=exhaustible
             )
@@ -168,10 +222,10 @@ def subset(net: Network, method: Method, loss: Loss) -> Callable:
                 for column in (*_columns(fg), state.masks)
             )
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(group))
-            drawn = jax.vmap(draw)(keys, f, g, masks, asked[jnp.asarray(group)])
+            drawn = jax.vmap(draw)(keys, f, g, masks, wanted[jnp.asarray(group)])
             for i, l in enumerate(group):
                 S[paths[l]], valid[paths[l]] = drawn[0][i], drawn[1][i]
-        return {p: S[p] for p in paths}, {p: valid[p] for p in paths}
+        return {p: S[p] for p in paths}, {p: valid[p] for p in paths}, wanted.sum()
 
     return choose
 
@@ -190,6 +244,15 @@ def by_chance(net: Network, loss: Loss) -> Callable[..., ByLayer]:
             path: jax.random.uniform(jax.random.fold_in(key, l), s.shape)
             for l, (path, s) in enumerate(S.items())
         }
+
+    return score
+
+
+def by_momentum(net: Network, loss: Loss) -> Callable[..., ByLayer]:
+    """SNFS: |momentum| of every possible connection, which the update step keeps."""
+
+    def score(state: SparseState, batch: Any, S: ByLayer) -> ByLayer:
+        return {path: jnp.abs(state.method["momentum"][path].ravel()[s]) for path, s in S.items()}
 
     return score
 
@@ -216,15 +279,15 @@ def by_gradient(net: Network, loss: Loss) -> Callable[..., ByLayer]:
     return score
 
 
-SCORES = {"chance": by_chance, "dense gradient": by_dense_gradient, "gradient": by_gradient}
+SCORES = {
+    "chance": by_chance,
+    "momentum": by_momentum,
+    "dense gradient": by_dense_gradient,
+    "gradient": by_gradient,
+}
 
 
 # ------------------------------------------------------------------------ one vector of all layers
-def join(by_layer: ByLayer) -> Array:
-    """All layers' entries in one vector, in layer order."""
-    return jnp.concatenate([leaf.ravel() for leaf in by_layer.values()])
-
-
 def apart(net: Network, flat: Array) -> ByLayer:
     """The inverse of `join` for arrays in the kernels' shapes."""
     ends = np.cumsum([layer.size for layer in net.layers.values()])

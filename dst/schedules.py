@@ -10,9 +10,16 @@ import numpy as np
 import optax
 
 
-def cosine_drop_fraction(step: int, end: int, initial: float) -> float:
-    """p_t = initial/2 (1 + cos(pi t / end)) for t < end, else 0 (section 4.1)."""
-    return initial / 2 * (1 + math.cos(math.pi * step / end)) if step < end else 0.0
+def cosine_drop_fraction(step: int, end: int, initial: float, last: float = 0.0) -> float:
+    """p_t = last + (initial - last)/2 (1 + cos(pi t / end)) for t < end, else 0 (section 4.1)."""
+    if step >= end:
+        return 0.0
+    return last + (initial - last) / 2 * (1 + math.cos(math.pi * step / end))
+
+
+def cubic_sparsity(step: int, end: int, initial: float, final: float) -> float:
+    """s_t = s_f + (s_i - s_f) (1 - t / end)^3, t at most `end` (Zhu and Gupta, 2017)."""
+    return final + (initial - final) * (1 - min(step / end, 1.0)) ** 3
 
 
 def events(every: int, end: int) -> range:
@@ -20,12 +27,17 @@ def events(every: int, end: int) -> range:
     return range(every, end, every)
 
 
-def drop_counts(active: int, initial: float, every: int, end: int) -> np.ndarray:
+def portion(fraction: float, active: int) -> int:
+    """floor(p |A|); a product that misses an integer by float64's rounding is that integer."""
+    noise = 8 * np.finfo(np.float64).eps * active  # 0.29 * 100 is 29
+    return min(math.floor(fraction * active + noise), active)
+
+
+def drop_counts(active: int, initial: float, every: int, end: int, last: float = 0.0) -> np.ndarray:
     """|P_t| = floor(p_t |A|) of every event, int64 (E,); never more than `active`."""
-    # A product that misses an integer by float64's rounding is that integer: 0.29 * 100 is 29.
-    noise = 8 * np.finfo(np.float64).eps * active
-    fractions = (cosine_drop_fraction(step, end, initial) for step in events(every, end))
-    return np.array([min(math.floor(p * active + noise), active) for p in fractions], np.int64)
+    steps = events(every, end)
+    counts = [portion(cosine_drop_fraction(t, end, initial, last), active) for t in steps]
+    return np.array(counts, np.int64)
 
 
 def largest_remainder(total: int, weights: Sequence[int], caps: Sequence[int]) -> np.ndarray:

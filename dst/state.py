@@ -17,6 +17,7 @@ from dst.masks import fan_in_weights, layer_counts, random_positions
 from dst.methods import Method
 from dst.moments import recognise, refuse_unless_coordinate_wise
 from dst.network import Network
+from dst.remember import first_memory
 
 Array = jax.Array
 
@@ -43,7 +44,7 @@ class SparseState(struct.PyTreeNode):
     masks: Any  # layer path -> bool, the kernel's shape; or the arena's structure
     opt_state: optax.OptState
     key: Array  # all randomness is fold_in(key, step)
-    method: Any  # the method's own arrays
+    method: Any  # what the method remembers, see `dst.remember`
     progress: Progress
 
 
@@ -55,7 +56,7 @@ def fresh_progress() -> Progress:
 def first_counts(net: Network, method: Method) -> dict[str, int]:
     """Connections of each layer at step 0; their sum is K."""
     shapes = {path: layer.shape for path, layer in net.layers.items()}
-    return layer_counts(shapes, method.sparsity, method.distribution)
+    return layer_counts(shapes, method.first_sparsity, method.distribution)
 
 
 def init_state(
@@ -79,6 +80,7 @@ def init_state(
     variables = init_rest(net, model_key)
     params = variables.pop("params")
     masks: Any
+    own: dict[str, Any] = {}
     if net.execution == "sparse":
         refuse_unless_coordinate_wise(tx, params, net.layers)
         masks, values = fill(lay_out(net, counts), connections())
@@ -88,6 +90,7 @@ def init_state(
         masks, kernels = densely(net, connections())
         params = with_kernels(params, kernels)
         recognise(jax.eval_shape(tx.init, params), params, masks)
+        own = first_memory(method, masks, kernels, jax.random.fold_in(weight_key, len(masks)))
     return SparseState(
         step=jnp.int32(0),
         params=params,
@@ -95,7 +98,7 @@ def init_state(
         masks=masks,
         opt_state=tx.init(params),
         key=run_key,
-        method=(),
+        method=own,
         progress=fresh_progress(),
     )
 
@@ -128,6 +131,11 @@ def kernels_of(params: Any, masks: Mapping[str, Any]) -> dict[str, Array]:
     """{layer path: kernel} of the sparse layers, in the order of `masks`."""
     flat = traverse_util.flatten_dict(params, sep="/")
     return {path: flat[f"{path}/kernel"] for path in masks}
+
+
+def join(by_layer: Mapping[str, Array]) -> Array:
+    """All layers' entries in one vector, in layer order."""
+    return jnp.concatenate([leaf.ravel() for leaf in by_layer.values()])
 
 
 def with_kernels(params: Any, kernels: Mapping[str, Array]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dst import data
-from dst.methods import Method, method
+from dst.methods import OWN, Method, method
 from dst.network import Network
 from dst.rewire import host_heuristic, rewire_body
 from dst.schedules import learning_rate
@@ -46,26 +46,60 @@ def schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
 
 
 def optimizer(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
-    """SGD with momentum as in PyTorch: v <- mu v + (g + lambda w); w <- w - lr v (Sec. 4.1)."""
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum)
+    """SGD with momentum as in PyTorch: v <- mu v + (g + lambda w); w <- w - lr v (Sec. 4.1).
+
+    With DeepR's l1 also g + alpha sign(w), for kernels only.
+    """
+    decay = optax.add_decayed_weights(config.weight_decay)
+    sgd = optax.sgd(rate, config.momentum)
+    return optax.chain(decay, *([lasso(config.l1)] if config.l1 else []), sgd)
+
+
+def lasso(alpha: float) -> optax.GradientTransformation:
+    """Adds alpha sign(w) to the gradients of all kernels."""
+
+    def add(path: Any, g: Array, w: Array) -> Array:
+        return g + alpha * jnp.sign(w) if path[-1].key == "kernel" else g
+
+    return optax.stateless(
+        lambda gradients, params: jax.tree_util.tree_map_with_path(add, gradients, params)
     )
 
 
 def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
     """The row of Table 1 that the configuration names, its epochs turned into steps."""
+    own = {field: config[name] for name, field in OWN.items()}
     return method(
         config.method,
         config.sparsity,
-        heuristic=config.heuristic,
-        distribution=config.distribution,
-        drop_fraction=config.drop_fraction,
+        **own,
+        growth_memory=config.growth_memory,
         floor=config.layer_floor,
-        every=config.rewire_every,
         end=round(config.rewire_end_epoch * steps_per_epoch),
-        subset_ratio=config.subset_ratio,
-        rounds=config.sampling_rounds,
+        explored=config.track_explored or config.method == "itop",
     )
+
+
+class ScoringBatches:
+    """The training set as it is, in its own order: what pruning before training looks at.
+
+    Not augmented, the last batch smaller; `config.score_batches` takes only the first ones.
+    """
+
+    def __init__(self, config: ConfigDict, dataset: data.Dataset):
+        self.dataset, self.size = dataset, config.batch_size
+        self.count = -(-len(dataset.train_labels) // config.batch_size)
+        if config.score_batches:
+            self.count = min(self.count, config.score_batches)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self):
+        for n in range(self.count):
+            part = slice(n * self.size, (n + 1) * self.size)
+            images, labels = self.dataset.train_images[part], self.dataset.train_labels[part]
+            yield data.normalise(images, self.dataset.mean, self.dataset.std), labels
 
 
 # ------------------------------------------------------------------------ the two jitted functions
@@ -125,7 +159,7 @@ def make_steps(
     else:
         update_all = parallel(one_update, (None, None, 0), devices, donate=(0,))
         update = lambda state, resident, n: update_all(state, resident, index)  # noqa: E731
-    if not rule.grows:
+    if not rule.moves:
         return Steps(update, lambda state, resident: (state, {}))  # never called
     rewire_one = rewire_body(net, tx, rule, classification)
 

@@ -16,6 +16,7 @@ from dst.config import ConfigError
 from dst.execution import forward
 from dst.moments import recognise, reset_inactive
 from dst.network import Network
+from dst.remember import follow
 from dst.state import SparseState, kernels_of, masks_of, with_kernels
 
 Array = jax.Array
@@ -137,6 +138,7 @@ def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> C
         gradients, run = jax.grad(objective, has_aux=True)(state.params)
         gradients, run = jax.tree.map(average, (gradients, run))
         finite = all_finite((run.loss, gradients))
+        own = follow(state.method, kernels_of(gradients, masks))
         gradients = mask_kernels(gradients, masks)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = mask_kernels(optax.apply_updates(state.params, updates), masks)
@@ -152,6 +154,7 @@ def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> C
             params=params,
             batch_stats=run.collections,
             opt_state=opt_state,
+            method=own,
             progress=progress,
         )
         return state, {"loss": run.loss, **run.metrics, "finite": finite}

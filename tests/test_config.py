@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dst import config as config_lib
 from dst.config import ConfigError
+from dst.methods import OWN, resolve
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.py"))
 
@@ -33,7 +34,13 @@ BAD = {
     "execution": ["dense", "Sparse", None],
     "heuristic": ["nope", 3],
     "sparsity": [1.2, 1.0, -0.1, math.nan, math.inf, "0.9", False, None],
-    "distribution": ["ERK"],
+    "initial_sparsity": [1.0, -0.1, math.nan, "0.5"],
+    "distribution": ["ERK", 1],
+    "growth_memory": ["Streamed", "", None],
+    "track_explored": [1, None],
+    "grasp_temperature": [0, -1.0, math.inf],
+    "score_batches": [-1, 1.0, None],
+    "lottery_levels": [(0.5, 0.5), (0.9, 0.5), (1.0,), ("a",), 0.5, [0.0, 0.5]],
     "drop_fraction": [-0.1, 1.1, math.nan],
     "layer_floor": [-0.1, 1.0, math.nan, True],
     "rewire_every": [0, 1e3],
@@ -47,6 +54,7 @@ BAD = {
     "lr_drop_factor": [0.0, 1.5, math.nan],
     "momentum": [1.0, -0.1, math.nan],
     "weight_decay": [-1e-4, math.nan],
+    "l1": [-1e-4, math.nan, None],
     "patience": [-1, 0.5],
     "seed": [-1, 0.0, 2**32, True],
     "eval_every": [0],
@@ -86,8 +94,12 @@ GOOD = [
     {"depth": 8},
     {"layer_floor": 0},
     {"layer_floor": 0.99},
-    *({"execution": "sparse", "method": name} for name in ("random", "set", "gse")),
-    *({"execution": "masked", "method": name} for name in ("dense", "rigl")),
+    *({"execution": "sparse", "method": name} for name in config_lib.SPARSE),
+    *({"execution": "masked", "method": name} for name in config_lib.METHODS),
+    {"execution": "sparse", "method": "rigl", "growth_memory": "streamed"},
+    {"method": "pruning", "rewire_end_epoch": 1.5, "epochs": 2},
+    {"lottery_levels": ()},
+    *({field: None} for field in OWN),
     {"seed": 2**32 - 1},
     {"batch_size": 40_000, "validation_size": 10_000},
 ]
@@ -103,14 +115,16 @@ def test_mistakes_that_need_two_fields():
         config_lib.validate(changed(validation_size=49_873))
     with pytest.raises(ConfigError, match=r"model 'vgg' .* dataset 'digits'"):
         config_lib.validate(changed(model="vgg", dataset="digits"))
-    for method, why in {"rigl": "gradient of every possible", "dense": "no inactive"}.items():
+    for method in set(config_lib.METHODS) - set(config_lib.SPARSE):
         with pytest.raises(ConfigError) as caught:
             config_lib.validate(changed(execution="sparse", method=method))
         sentence = str(caught.value)
-        assert sentence.startswith(
-            "method must be 'random', 'set' or 'gse' with execution 'sparse'"
-        )
-        assert f"{method!r}" in sentence and why in sentence and sentence.endswith(".")
+        assert sentence.startswith("method must be 'random', 'set', 'gse' or 'gse_v2', or 'rigl' ")
+        assert f"not {method!r}" in sentence and sentence.endswith(".")
+    for method in config_lib.RAMPS:
+        config_lib.validate(changed(method=method, epochs=121))
+        with pytest.raises(ConfigError, match=r"^rewire_end_epoch must be below epochs, 120, .*\.$"):
+            config_lib.validate(changed(method=method, epochs=120))
 
 
 def test_unknown_and_missing_fields():
@@ -120,15 +134,6 @@ def test_unknown_and_missing_fields():
     del partial.momentum
     with pytest.raises(ConfigError, match='"momentum" is missing'):
         config_lib.validate(partial)
-
-
-def test_dense_has_no_sparsity_and_nothing_else_changes():
-    config = config_lib.default()
-    assert config_lib.resolve(config).to_dict() == config.to_dict()
-    config.method = "dense"
-    resolved = config_lib.resolve(config)
-    assert resolved.sparsity == 0.0 and config.sparsity == 0.98 and resolved.is_locked
-    assert resolved.to_dict() == {**config.to_dict(), "sparsity": 0.0}
 
 
 def test_devices():
@@ -145,13 +150,14 @@ def test_files_are_valid_and_say_their_command(path):
     config = config_lib.load(str(path))
     config_lib.validate(config)
     # The paper lets the cosine end at the second drop of the learning rate.
+    config = resolve(config)
     assert config.rewire_end_epoch == config.lr_drop_epochs[1] < config.epochs
     text = path.read_text()
     assert f"python -m dst.main --config=configs/{path.name}" in text
     assert text.count("Expected") >= 1 and "ime: " in text
     if config.model != "mlp":  # of which the paper has none
         assert path.stem.startswith(f"{config.dataset}_{config.model}")
-        same = {**config_lib.default().to_dict(), "dataset": config.dataset, "model": config.model}
+        same = {**resolve(config_lib.default()).to_dict(), "dataset": config.dataset, "model": config.model}
         assert config.to_dict() == same
 
 
@@ -166,7 +172,7 @@ def test_the_papers_files_exist():
 
 
 def test_the_defaults_are_the_papers():
-    config = config_lib.default()
+    config = resolve(config_lib.default())
     assert (config.epochs, config.batch_size, config.learning_rate) == (200, 128, 0.1)
     assert (config.lr_drop_epochs, config.lr_drop_factor) == ((80, 120), 0.1)
     assert (config.momentum, config.weight_decay, config.patience) == (0.9, 1e-4, 50)

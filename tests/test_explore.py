@@ -17,7 +17,7 @@ from tests.executions import ADAMW, ONE, both, check_arena, close, dense, struct
 def fixed_subset(setup, seed=5):
     """For each layer |S_l| inactive positions, drawn by NumPy."""
     rng = np.random.default_rng(seed)
-    asked = plan(setup.net, setup.method)[1][0]
+    asked = plan(setup.net, setup.method).subset[0]
     masks = structure(setup.state)
     return {
         path: np.sort(rng.choice(np.flatnonzero(~mask), n, replace=False)).astype(np.int32)
@@ -129,7 +129,7 @@ def test_laws_of_a_rewire(name, options, tier):
         before, momentum = state, jax.tree.leaves(state.opt_state)
         state, report = rewire(state, tiny.batch(event))
         check_arena(state, K)
-        P = int(plan(s.net, s.method)[0][event])
+        P = int(plan(s.net, s.method).grown[event])
         assert int(report["pruned"]) == int(report["grown"]) == P and bool(report["finite"])
         asked, realised = int(report["subset_asked"]), int(report["subset_realised"])
         assert 0.98 * asked <= realised <= (asked if name == "gse" else 2 * asked)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import dst
 from dst import train
+from dst.drop import unprotected, weakest
 from dst.plan import floors, plan
-from dst.rewire import exchange, protect
 from tests.test_train import small
 from tests.tiny import active, kernels, loss, setup
 
@@ -71,7 +71,7 @@ def test_without_a_floor_it_is_emptied(name):
 def test_what_the_floors_protect_is_not_dropped_whatever_is_asked():
     """With nearly all protected fewer are dropped, and as many grown."""
     parts, state, step = run(floor=0.9)
-    asked = int(plan(parts.net, parts.method)[0][0])
+    asked = int(plan(parts.net, parts.method).grown[0])
     free = sum(active(state).values()) - int(floors(parts.net, parts.method).sum())
     new, report = step(state.replace(step=jnp.int32(2)), parts.batch)
     assert int(report["pruned"]) == int(report["grown"]) == free < asked
@@ -103,18 +103,15 @@ def test_the_drop_equals_a_stable_sort(data):
     ]
     keep = [data.draw(st.integers(0, int(A.sum()))) for A in masks]
     k = data.draw(st.integers(0, 18))
-    paths = "abc"
-    state = setup().state.replace(
-        params={p: {"kernel": jnp.asarray(w)} for p, w in zip(paths, weights, strict=True)},
-        masks={p: jnp.asarray(A) for p, A in zip(paths, masks, strict=True)},
-    )
-    w, most = protect(np.array(keep), state, jnp.int32(k))
-    assert int(most) == min(k, sum(int(A.sum()) for A in masks) - sum(keep))
-    A = jnp.concatenate([jnp.asarray(m) for m in masks])
-    survivors, _ = exchange(A, w, jnp.zeros(1, jnp.int32), jnp.full(1, -jnp.inf), most, 18)
+    params = {f"Dense_{l}": {"kernel": jnp.asarray(w)} for l, w in enumerate(weights)}
+    A = {f"Dense_{l}": jnp.asarray(mask) for l, mask in enumerate(masks)}
+    loose = unprotected(np.array(keep), params, A)
+    A, w = jnp.concatenate(masks), jnp.concatenate(weights)
+    assert int(loose.sum()) == sum(int(mask.sum()) for mask in masks) - sum(keep)
+    survivors = A & ~weakest(w, loose, jnp.int32(k))
     found = np.flatnonzero(np.asarray(A & ~survivors))
     start = np.cumsum([0, *sizes])
-    expected = {int(start[l] + i) for l, i in oracle(masks, weights, keep, int(most))}
+    expected = {int(start[l] + i) for l, i in oracle(masks, weights, keep, k)}
     assert set(found.tolist()) == expected
 
 

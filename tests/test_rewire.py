@@ -1,5 +1,8 @@
 """Laws and oracles of the rewire step: O4, P3; exact counts; what moves and what stays."""
 
+import functools
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,12 +15,21 @@ from jax import lax
 
 import dst
 from dst import rewire as rewire_module
+from dst.drop import weakest
 from dst.plan import plan
 from dst.schedules import largest_remainder
 from tests.tiny import active, batch, kernels, loss, setup
 
 METHODS = ["set", "rigl", "gse"]
-exchange = jax.jit(rewire_module.exchange, static_argnums=5)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def exchange(A, w, S, score, k, size):
+    """Drop the k weakest of A, grow the k <= size best of S: (A without P, that with G)."""
+    survivors = A & ~weakest(w, A, k)
+    candidates = rewire_module.Candidates(S, score, k, jnp.bool_(True))
+    network = types.SimpleNamespace(possible=A.size)
+    return survivors, survivors | rewire_module.grown(network, candidates, k, size, None)
 
 
 def rewired(parts, state=None, devices=None):
@@ -80,12 +92,12 @@ def test_plan_holds_the_papers_numbers():
     """98 % of ResNet-56's 848,944: 46 events, |P| = floor(p_t K), |S| = 10 |P| split by |W_l|."""
     parts = setup(sparsity=0.98, every=1000, end=46_920)
     sizes = [layer.size for layer in parts.net.layers.values()]
-    P, S = plan(parts.net, parts.method)
+    _, active, P, S = plan(parts.net, parts.method)
     K = sum(sizes) - round(0.98 * sum(sizes))
     t = np.arange(1000, 46_920, 1000)
     exact = 0.1 * (1 + np.cos(np.pi * t / 46_920)) * K
     np.testing.assert_array_equal(P[:-1], np.floor(exact))
-    assert len(P) == 47 and P[-1] == 0
+    assert len(P) == 47 and P[-1] == 0 and (active == K).all()
     np.testing.assert_array_equal(S.sum(1), np.minimum(10 * P, sum(sizes)))
     np.testing.assert_array_equal(S[0], largest_remainder(10 * int(P[0]), sizes, sizes))
 
@@ -127,7 +139,7 @@ def test_laws_of_a_rewire(name):
     )
     assert sum(active(state).values()) == K
     assert int(report["pruned"]) == int(report["grown"]) == grown
-    assert grown == plan(parts.net, parts.method)[0][0] > 0
+    assert grown == plan(parts.net, parts.method).grown[0] > 0
     chex.assert_trees_all_equal(before.batch_stats, state.batch_stats)
 
 
@@ -150,7 +162,7 @@ def brute_force(parts, allowed):
     w = np.concatenate([k.ravel() for k in kernels(state.params, state).values()])
     A = np.concatenate([np.asarray(m).ravel() for m in state.masks.values()])
     S = np.flatnonzero(allowed & ~A)
-    k = int(plan(parts.net, parts.method)[0][0])
+    k = int(plan(parts.net, parts.method).grown[0])
     return exchange_oracle(A, w, S, np.abs(G[S]), k)
 
 
@@ -178,7 +190,7 @@ def test_ratio_one_equals_set_given_the_counts():
     """P3: with |S| = |P| all of S grows: |S_l| per layer as asked, whatever the gradients are."""
     parts = setup("gse", heuristic="uniform", subset_ratio=1.0)
     state, report = rewired(parts, devices=one())
-    _, S = plan(parts.net, parts.method)
+    S = plan(parts.net, parts.method).subset
     grown = {
         path: (np.asarray(state.masks[path]) & ~np.asarray(m)).sum()
         for path, m in parts.state.masks.items()
@@ -209,7 +221,7 @@ def test_set_grows_every_inactive_connection_alike():
 def test_every_annealed_fraction_is_exact_and_compiles_once():
     """A whole run of events: |P_t| to the connection each time, one trace of the rewire."""
     parts = setup("gse", heuristic="grabo", drop_fraction=0.3, every=2, end=21)
-    P, _ = plan(parts.net, parts.method)
+    P = plan(parts.net, parts.method).grown
     traces = chex.assert_max_traces(n=1)
     chex.clear_trace_counter()
     body = rewire_module.rewire_body(parts.net, parts.tx, parts.method, loss)

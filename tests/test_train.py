@@ -13,10 +13,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dst import checkpoint, train
+from dst import checkpoint, loop, train
 from dst import data as dst_data
-from dst.config import ConfigError, default, resolve, validate
+from dst.config import ConfigError, default, validate
 from dst.log import read
+from dst.methods import resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,7 +95,7 @@ def test_a_finished_run_is_not_run_again(run, uninterrupted, capsys):
 KILL = """
 import os, signal, sys, threading
 sys.path.insert(0, {root!r})
-from dst import steps, train, checkpoint
+from dst import steps, train, loop, checkpoint
 from tests.test_train import small
 config = small(execution={execution!r})
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
@@ -104,8 +105,8 @@ train.train(config, {workdir!r})
 
 HOW = {
     # In the rewire of step 20, before it is logged; the last checkpoint is that of step 14.
-    "rewire": "go = train.rewire\n"
-    "train.rewire = lambda run, state, step: die() if step == 20 else go(run, state, step)",
+    "rewire": "go = loop.rewire\n"
+    "loop.rewire = lambda run, state, step: die() if step == 20 else go(run, state, step)",
     # While Orbax writes the checkpoint of step 21.
     "save": "go = checkpoint.save\n"
     "def save(manager, state, record):\n"
@@ -113,8 +114,8 @@ HOW = {
     "    go(manager, state, record)\n"
     "checkpoint.save = save",
     # Between two steps, after the log of epoch 2 was written and before its checkpoint.
-    "epoch": "go = train.end_epoch\n"
-    "train.end_epoch = lambda run, state, step, clock: "
+    "epoch": "go = loop.end_epoch\n"
+    "loop.end_epoch = lambda run, state, step, clock: "
     "(go(run, state, step, clock), die()) if step == 22 else go(run, state, step, clock)",
 }
 
@@ -133,19 +134,19 @@ def test_killed_runs_end_bitwise_the_same(run, uninterrupted, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_exit(run, uninterrupted, tmp_path, monkeypatch, number, capsys):
     """The step is finished and saved; the same command ends as if nothing had happened."""
-    go, before = train.end_epoch, signal.getsignal(number)
+    go, before = loop.end_epoch, signal.getsignal(number)
 
     def interrupt(run, state, step, clock):
         if step == 11:
             os.kill(os.getpid(), number)
         return go(run, state, step, clock)
 
-    monkeypatch.setattr(train, "end_epoch", interrupt)
+    monkeypatch.setattr(loop, "end_epoch", interrupt)
     train.train(run(), tmp_path)
     assert signal.getsignal(number) is before
     assert "Stopped at step" in capsys.readouterr().err
     assert result(tmp_path, run())[1][-1]["event"] != "end"
-    monkeypatch.setattr(train, "end_epoch", go)
+    monkeypatch.setattr(loop, "end_epoch", go)
     train.train(run(), tmp_path)
     assert result(tmp_path, run()) == uninterrupted[1]
 

@@ -1,0 +1,75 @@
+"""What a method remembers between steps, beside masks and weights: `SparseState.method`.
+
+A dict of what the method needs, empty for most: SNFS's momentum of every possible connection, DSR's
+threshold, DeepR's signs, ITOP's connections that ever existed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dst.masks import random_signs
+from dst.methods import Method
+
+Array = jax.Array
+Own = Mapping[str, Any]
+
+DECAY = 0.9  # of SNFS's momentum: that of the paper's SGD
+THRESHOLD, TOLERANCE = 1e-3, 0.1  # H at the start and delta of DSR (Mostafa and Wang, 2019)
+
+
+def first_memory(
+    method: Method, masks: Mapping[str, Array], kernels: Mapping[str, Array], key: Array
+) -> dict[str, Any]:
+    """What the method knows before the first step."""
+    own: dict[str, Any] = {}
+    if method.score == "momentum":
+        own["momentum"] = jax.tree.map(jnp.zeros_like, dict(kernels))
+    if method.drop == "threshold":
+        own["threshold"] = jnp.float32(THRESHOLD)
+    if method.drop == "sign":
+        # Of an active connection that of its first weight, of the others drawn once for all.
+        drawn = random_signs(key, {path: mask.shape for path, mask in masks.items()})
+        own["positive"] = {
+            path: jnp.where(mask, kernels[path] > 0, drawn[path]) for path, mask in masks.items()
+        }
+    if method.explored:
+        own["explored"] = jax.tree.map(jnp.copy, dict(masks))
+    return own
+
+
+def follow(own: Own, gradients: Mapping[str, Array]) -> Own:
+    """After a step: momentum v <- mu v + g of every possible connection, not of the active only."""
+    if "momentum" not in own:
+        return own
+    momentum = {path: DECAY * v + gradients[path] for path, v in own["momentum"].items()}
+    return {**own, "momentum": momentum}
+
+
+def after_rewire(own: Own, masks: Mapping[str, Array], dropped: Array, target: Array) -> Own:
+    """After a rewire: what was ever active, and DSR's threshold, for `dropped` to meet `target`."""
+    own = dict(own)
+    if "explored" in own:
+        own["explored"] = {path: own["explored"][path] | mask for path, mask in masks.items()}
+    if "threshold" in own:
+        few = dropped < (1 - TOLERANCE) * target
+        many = dropped > (1 + TOLERANCE) * target
+        own["threshold"] *= jnp.where(few, 2.0, jnp.where(many, 0.5, 1.0))
+    return own
+
+
+def told(own: Own) -> dict[str, Array]:
+    """What of it a rewire reports."""
+    report = {}
+    if "explored" in own:
+        masks = own["explored"].values()
+        ever = sum(mask.sum(dtype=jnp.int32) for mask in masks)
+        report["explored"] = ever / np.float32(sum(mask.size for mask in masks))
+    if "threshold" in own:
+        report["threshold"] = own["threshold"]
+    return report
