@@ -30,11 +30,6 @@ def weakest(w: Array, eligible: Array, k: Array) -> Array:
     return lowest(bits(jnp.abs(w)), eligible, k)
 
 
-def strongest(w: Array, eligible: Array, k: Array) -> Array:
-    """The k largest |w| of the eligible: (N,), bool (N,) -> bool (N,); of equals the first."""
-    return lowest(~bits(jnp.abs(w)), eligible, k)
-
-
 def by_magnitude(net: Network, method: Method) -> MayDrop:
     """The weakest of the network, but of no layer the `floor` strongest (SET, RigL, the paper)."""
     keep = floors(net, method)
@@ -51,7 +46,7 @@ def unprotected(keep: np.ndarray, params: Any, masks: Mapping[str, Array]) -> Ar
     loose = {}
     for n, (path, w) in zip(keep, kernels_of(params, masks).items(), strict=True):
         A = masks[path].ravel()
-        loose[path] = A & ~strongest(w.ravel(), A, jnp.int32(n))
+        loose[path] = A & ~lowest(~bits(jnp.abs(w.ravel())), A, jnp.int32(n))
     return join(loose)
 
 

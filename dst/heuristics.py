@@ -55,26 +55,36 @@ def synflow(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]
     be switched on inside a float32 program. Errors: a network whose flow is not finite or not
     positively homogeneous in its weights.
     """
-    for leaf in jax.tree.leaves(net.args):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ConfigError(
-                f"heuristic is 'synflow', but the model takes {leaf.dtype} inputs, which cannot "
-                "carry a flow; use 'grabo' or 'uniform'."
-            )
+    subject, instead = "heuristic is 'synflow'", "use 'grabo' or 'uniform'"
+    check_inputs(net, subject, instead)
     measure = jax.jit(functools.partial(synaptic_flow, net))
 
     def flow(state: SparseState, batch: Any) -> Marginals:
         with jax.enable_x64(True):
             R, R_of_double, fg = measure(state.params, state.masks, state.batch_stats)
-            if not abs(float(R_of_double) - 2 * float(R)) <= 1e-6 * abs(float(R)) + NOTHING:
-                raise ConfigError(
-                    "heuristic is 'synflow', but the flow is infinite or not positively "
-                    f"homogeneous (R(2x) is {float(R_of_double):.6g}, R(x) is {float(R):.6g}); "
-                    "use 'grabo' or 'uniform'."
-                )
+            check_flow(R, R_of_double, subject, instead)
         return fg
 
     return flow
+
+
+def check_inputs(net: Network, subject: str, instead: str) -> None:
+    """`ConfigError` if the model's inputs cannot carry a flow."""
+    for leaf in jax.tree.leaves(net.args):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ConfigError(
+                f"{subject}, but the model takes {leaf.dtype} inputs, which cannot carry a flow; "
+                f"{instead}."
+            )
+
+
+def check_flow(R: Array, R_of_double: Array, subject: str, instead: str) -> None:
+    """`ConfigError` if the flow is not finite or does not double with its inputs."""
+    if not abs(float(R_of_double) - 2 * float(R)) <= 1e-6 * abs(float(R)) + NOTHING:
+        raise ConfigError(
+            f"{subject}, but the flow is infinite or not positively homogeneous (R(2x) is "
+            f"{float(R_of_double):.6g}, R(x) is {float(R):.6g}); {instead}."
+        )
 
 
 # The flow that every unit of SynFlow's twin has at least: the slope of ReLU at 0 is 0, and would
@@ -89,25 +99,39 @@ ON_HOST = ("synflow",)
 def synaptic_flow(
     net: Network, params: Any, connections: Connections, collections: Mapping[str, Any]
 ) -> tuple[Array, Array, Marginals]:
-    """R(1), R(2 * 1) and the normalised float32 marginals of Eq. 3, on inputs of ones of batch 1.
+    """R(1), R(2 * 1) and the normalised float32 marginals of Eq. 3."""
+    total = functools.partial(total_flow, net, params, connections)
+    R, double = total(collections), total(collections, 2.0)
+    # The scale of R cancels in f and g; dividing by it keeps the cotangents in range. If a layer
+    # has collapsed, R is nothing, and f x g is where connections would mend it.
+    flow = lambda extra: total({**collections, **extra}) / jnp.maximum(R, NOTHING)  # noqa: E731
+    fg = marginals(net.layers, flow, jnp.float64)
+    unit = lambda v: (v / jnp.maximum(v.sum(), NOTHING)).astype(jnp.float32)  # noqa: E731
+    return R, double, {path: (unit(f), unit(g)) for path, (f, g) in fg.items()}
+
+
+def total_flow(
+    net: Network,
+    params: Any,
+    connections: Connections,
+    collections: Mapping[str, Any],
+    value: float = 1.0,
+) -> Array:
+    """R of Eq. 3: the sum of the linear twin's outputs for an input of `value`, batch 1, float64.
 
     The twin has |w| for w, no biases, and |scale| / sqrt(var + eps) for batch normalisation.
     """
     variables = variables_of(_linear(params), connections, collections)
+    inputs = jax.tree.map(lambda a: jnp.full((1, *a.shape[1:]), value, jnp.float64), net.args)
+    with nn.intercept_methods(without_dropout), nn.intercept_methods(_twin(connections)):
+        return jnp.sum(net.model.apply(variables, *inputs, **net.kwargs, mutable=True)[0])
 
-    def total(extra: Mapping[str, Any], value: float) -> Array:
-        ones = jax.tree.map(lambda a: jnp.full((1, *a.shape[1:]), value, jnp.float64), net.args)
-        with nn.intercept_methods(_twin(connections)):
-            y = net.model.apply({**variables, **extra}, *ones, **net.kwargs, mutable=True)[0]
-        return jnp.sum(y)
 
-    R, double = total({}, 1.0), total({}, 2.0)
-    # The scale of R cancels in f and g; dividing by it keeps the cotangents in range. If a layer
-    # has collapsed, R is nothing, and f x g is where connections would mend it.
-    flow = lambda extra: total(extra, 1.0) / jnp.maximum(R, NOTHING)  # noqa: E731
-    fg = marginals(net.layers, flow, jnp.float64)
-    unit = lambda v: (v / jnp.maximum(v.sum(), NOTHING)).astype(jnp.float32)  # noqa: E731
-    return R, double, {path: (unit(f), unit(g)) for path, (f, g) in fg.items()}
+def without_dropout(next_fun, args, kwargs, context):
+    """Interceptor: `nn.Dropout` hands its input on, so that nothing is random."""
+    if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
+        return args[0] if args else kwargs["inputs"]
+    return next_fun(*args, **kwargs)
 
 
 def _linear(params: Any) -> Any:
@@ -120,7 +144,7 @@ def _linear(params: Any) -> Any:
 
 
 def _twin(connections: Connections) -> Callable:
-    """Interceptor: Dense, Conv, BatchNorm and Dropout as in the linear twin, in float64."""
+    """Interceptor: Dense, Conv and BatchNorm as in the linear twin, in float64."""
     parts = connections.parts if isinstance(connections, Arena) else ()
     sparse = {part.layer.path: part for part in parts}
 
@@ -128,8 +152,6 @@ def _twin(connections: Connections) -> Callable:
         module = context.module
         x = args[0] if args else kwargs.get("inputs", kwargs.get("x"))
         if context.method_name == "__call__":
-            if isinstance(module, nn.Dropout):
-                return x
             if isinstance(module, nn.BatchNorm):
                 return _normalise(module, x)
             if is_layer(module) and layer_path(module) in sparse:

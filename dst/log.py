@@ -172,7 +172,7 @@ def scoring() -> Iterator[Callable[[int, int], None]]:
 
     def show(done: int, total: int) -> None:
         if not bars:
-            bars.append(progress(total, 0, "scoring pass"))
+            bars.append(progress(total, 0, "scoring step"))
         bars[0].show(done)
 
     try:

@@ -89,6 +89,7 @@ def loop(run: Parts, state: SparseState) -> tuple[SparseState, bool]:
             # ---- Rewire: before the update of this step, on its batch
             if not done and due(run.method, step):
                 state = rewire(run, state, step)
+                shown["sparsity"] = sparsity_of(state.masks)
 
             # ---- Save
             if done or stopping or step % run.config.checkpoint_every == 0:

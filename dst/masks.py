@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,28 @@ def random_signs(key: jax.Array, shapes: Shapes) -> dict[str, jax.Array]:
     """A sign for every possible connection: bool arrays, True for +, each as likely."""
     rng = _generator(key)
     return {path: jnp.asarray(rng.random(shape) < 0.5) for path, shape in shapes.items()}
+
+
+def strongest(
+    score: Mapping[str, Any], masks: Mapping[str, Any], k: int, what: str
+) -> dict[str, np.ndarray]:
+    """Masks of the k largest scores of active connections: global, by stable rank.
+
+    Signed scores of the kernels' shapes; of equals the first in layer order is kept, and never one
+    that is inactive. Errors: a score that is not finite, told as `what`.
+    """
+    for path, mask in masks.items():
+        if not np.isfinite(np.asarray(score[path])[np.asarray(mask)]).all():
+            raise ConfigError(
+                f"{what} of layer {path!r} must be finite, but some is NaN or infinite."
+            )
+    active = np.concatenate([np.asarray(mask).ravel() for mask in masks.values()])
+    flat = np.concatenate([np.asarray(score[path]).ravel() for path in masks])
+    order = np.argsort(np.where(active, -flat, np.inf), kind="stable")
+    chosen = np.zeros(active.size, bool)
+    chosen[order[: min(k, np.count_nonzero(active))]] = True
+    parts = np.split(chosen, np.cumsum([mask.size for mask in masks.values()])[:-1])
+    return {path: c.reshape(masks[path].shape) for path, c in zip(masks, parts, strict=True)}
 
 
 def thinned(

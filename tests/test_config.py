@@ -123,7 +123,7 @@ def test_mistakes_that_need_two_fields():
         assert f"not {method!r}" in sentence and sentence.endswith(".")
     for method in config_lib.RAMPS:
         config_lib.validate(changed(method=method, epochs=121))
-        with pytest.raises(ConfigError, match=r"^rewire_end_epoch must be below epochs, 120, .*\.$"):
+        with pytest.raises(ConfigError, match=r"^rewire_end_epoch must be below epochs, 120"):
             config_lib.validate(changed(method=method, epochs=120))
 
 
@@ -157,7 +157,11 @@ def test_files_are_valid_and_say_their_command(path):
     assert text.count("Expected") >= 1 and "ime: " in text
     if config.model != "mlp":  # of which the paper has none
         assert path.stem.startswith(f"{config.dataset}_{config.model}")
-        same = {**resolve(config_lib.default()).to_dict(), "dataset": config.dataset, "model": config.model}
+        same = {
+            **resolve(config_lib.default()).to_dict(),
+            "dataset": config.dataset,
+            "model": config.model,
+        }
         assert config.to_dict() == same
 
 

@@ -28,10 +28,10 @@ def fixed_subset(setup, seed=5):
 def inject(monkeypatch, S):
     """Makes both executions take S for what they drew."""
 
-    def choose(state, batch, fg, asked, S_max):
-        return {p: jnp.asarray(s) for p, s in S.items()}, {
-            p: jnp.ones(s.size, bool) for p, s in S.items()
-        }
+    def choose(state, batch, fg, event):
+        valid = {p: jnp.ones(s.size, bool) for p, s in S.items()}
+        wanted = jnp.int32(sum(s.size for s in S.values()))
+        return {p: jnp.asarray(s) for p, s in S.items()}, valid, wanted
 
     def draw_rows(part, key, f, g, size, want):
         column, output = np.divmod(S[part.layer.path], part.n_out)
