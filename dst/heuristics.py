@@ -115,7 +115,7 @@ def total_flow(
     params: Any,
     connections: Connections,
     collections: Mapping[str, Any],
-    value: float = 1.0,
+    value: float | Array = 1.0,
 ) -> Array:
     """R of Eq. 3: the sum of the linear twin's outputs for an input of `value`, batch 1, float64.
 

@@ -159,13 +159,13 @@ def mean_over(
             part = step(kernels, batch, *args)
             total, count = jax.tree.map(lambda t, p, n=n: t + n * p, total, part), count + n
         passes.append(count)
-        if not count:
-            raise ConfigError("batches gives no examples; the scores need some to train on.")
         if count != passes[0]:
             raise ConfigError(
                 f"batches gave {passes[0]} examples at first and {count} when iterated again; it "
                 "must give the same ones, as a list does."
             )
+        if not count:
+            raise ConfigError("batches gives no examples; a score needs some.")
         return jax.tree.map(lambda t: t / count, total)
 
     return mean
@@ -259,30 +259,32 @@ def prune_by_flow(
     params, masks, collections = jax.device_get((state.params, state.masks, state.batch_stats))
     with jax.enable_x64(True):
         measure = jax.jit(functools.partial(flow_scores, net))
+        R, R_of_double = (measure(params, masks, collections, value)[0] for value in (1.0, 2.0))
+        check_flow(R, R_of_double, subject, instead)
         for done, count in enumerate(counts, 1):
-            R, R_of_double, scores = measure(params, masks, collections)
-            check_flow(R, R_of_double, subject, instead)
+            _, scores = measure(params, masks, collections, 1.0)
             masks = strongest(jax.device_get(scores), masks, count, "the 'synflow' score")
             if show:
                 show(done, len(counts))
     return masks
 
 
-def flow_scores(net: Network, params: Any, masks: Any, collections: Any) -> tuple:
-    """R(1), R(2 * 1) and each connection's share |w| dR/d|w| of R(1), in float64.
+def flow_scores(
+    net: Network, params: Any, masks: Any, collections: Any, value: float = 1.0
+) -> tuple[Array, ByLayer]:
+    """R of an input of `value`, and each connection's share |w| dR/d|w| of it, in float64.
 
     The shares of a layer sum to R where all flow goes through it. Shapes: the kernels'.
     """
-    weights = kernels_of(params, masks)
     weights = {
-        p: jnp.where(masks[p], jnp.abs(w).astype(jnp.float64), 0) for p, w in weights.items()
+        path: jnp.where(masks[path], jnp.abs(w).astype(jnp.float64), 0)
+        for path, w in kernels_of(params, masks).items()
     }
 
-    def flow(weights: ByLayer, value: float = 1.0) -> Array:
+    def flow(weights: ByLayer) -> Array:
         return total_flow(net, with_kernels(params, weights), masks, collections, value)
 
     R, slope = jax.value_and_grad(flow)(weights)
     scores = {path: w * slope[path] for path, w in weights.items()}
     # What the twin's TRACE alone makes is no flow; a NaN stays one.
-    scores = {path: jnp.where(score < NOTHING, 0, score) for path, score in scores.items()}
-    return R, flow(weights, 2.0), scores
+    return R, {path: jnp.where(s < NOTHING, 0, s) for path, s in scores.items()}
