@@ -29,6 +29,7 @@ from dst.products import compiled
 from dst.sample import draw_pairs, draw_units
 from dst.select import Found, best, bits, exchange, locate, lowest, nothing, protected
 from dst.state import SparseState, active_counts
+from dst.stream import strongest_missing
 from dst.update import AXIS, REWIRE_STREAM, Loss, all_finite, run_loss, stream
 
 Array = jax.Array
@@ -51,16 +52,17 @@ def sparse_rewire_body(
     net: Network, tx: optax.GradientTransformation, method: Method, loss: Loss
 ) -> Callable:
     """One rewire on one device's share of the batch: (state, batch, f x g) -> (state, report)."""
-    if method.score == "dense gradient":
+    all_scored = method.score == "dense gradient"
+    if all_scored and method.growth_memory == "dense":
         raise ConfigError(
             f"method is {method.name!r}, which needs the gradient of every possible connection; "
-            "execution 'sparse' allows 'set' and 'gse'."
+            "execution 'sparse' allows it a block at a time, with growth_memory='streamed'."
         )
     planned = plan(net, method)
     P_t, S_t = planned.grown, planned.subset
     keep = floors(net, method)
     look = observer(net, method, loss)
-    explore = explorer(net, method, P_t, S_t)
+    explore = streamer(net, P_t) if all_scored else explorer(net, method, P_t, S_t)
 
     def body(state: SparseState, batch: Any, fg: Any):
         event = planned.event(state.step)
@@ -82,18 +84,19 @@ def sparse_rewire_body(
         grown = best(nothing(tally.found.row.size, weights.dtype), tally.found, k)
         arena, source = exchange(arena, lowest(bits(weights), loose, k), grown, k)
         state = reconnect(tx, state, arena, source)
-        return state, report(state, k, asked, tally, finite)
+        return state, report(state, k, tally.realised if all_scored else asked, tally, finite)
 
     return body
 
 
 def observer(net: Network, method: Method, loss: Loss) -> Callable:
     """look(state, batch, f x g) -> {path: (h, delta)}, {path: (f, g)}: one pass, none for SET."""
+    scored = method.heuristic or method.score == "dense gradient"
     measure = HEURISTICS[method.heuristic or "uniform"](net, loss)
 
     def look(state: SparseState, batch: Any, fg: Any):
         value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
-        seen = observe(net.layers, value) if method.heuristic else {}
+        seen = observe(net.layers, value) if scored else {}
         if method.heuristic == "grabo":
             fg = lax.psum({path: tuple(map(_total, hd)) for path, hd in seen.items()}, AXIS)
         elif method.heuristic not in ON_HOST:
@@ -107,7 +110,19 @@ def _total(units: Array) -> Array:
     return jnp.sum(jnp.abs(units), axis=tuple(range(1, units.ndim)), dtype=jnp.float32)
 
 
-# ----------------------------------------------------------------------------------- S, as a stream
+# ------------------------------------------------------------- every inactive connection, or S
+def streamer(net: Network, P_t: np.ndarray) -> Callable:
+    """explore(state, seen, fg, asked, P) -> Tally: RigL's choice, the P best of all inactive."""
+
+    def explore(state: SparseState, seen, fg, asked: Array, P: Array) -> Tally:
+        values = state.params[VALUES]["kernel"]
+        found, finite = strongest_missing(state.masks, seen, nothing(int(P_t[0]), values.dtype), P)
+        inactive = min(net.possible - values.size, 2**31 - 1)
+        return Tally(found, jnp.int32(0), jnp.int32(inactive), finite)
+
+    return explore
+
+
 def explorer(net: Network, method: Method, P_t: np.ndarray, S_t: np.ndarray) -> Callable:
     """explore(state, seen, fg, asked, P) -> Tally: the P best of S, in `method.rounds` rounds.
 

@@ -188,6 +188,11 @@ def _check(made: Method, own: float | None) -> None:
         raise ConfigError(
             f"initial must be at most {made.sparsity}, the sparsity to reach, not {made.initial}."
         )
+    if made.growth_memory == "streamed" and made.score != "dense gradient":
+        raise ConfigError(
+            f"growth_memory must be 'dense' for method {made.name!r}, which takes no dense "
+            "gradient, not 'streamed'."
+        )
     if made.share and (made.heuristic or made.growth_memory == "streamed"):
         raise ConfigError(
             f"share must be '' for a method that does not score every inactive connection at "

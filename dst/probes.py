@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -107,21 +108,27 @@ def dense_gradient_at(layer: Layer, h: Array, delta: Array, column: Array, outpu
 
 def conv_gradient_at(layer: Layer, h: Array, delta: Array, column: Array, output: Array) -> Array:
     """sum_bxy h[i, b, x s + kx d, y s + ky d] delta[o, b, x, y]. (n_in, B, H, W) -> (n,)."""
-    channels, errors = h, delta
     dtype = jnp.promote_types(h.dtype, jnp.float32)
-    (sx, sy), (dx, dy) = layer.strides, layer.dilation
-    batch, out_x, out_y = errors.shape[1:]
-    window = (1, batch, (out_x - 1) * sx + 1, (out_y - 1) * sy + 1)
     kx, ky, i = jnp.unravel_index(column, layer.shape[:3])
 
     def one(position):
-        kx, ky, i, o = position
-        corner = (i, jnp.zeros_like(i), kx * dx, ky * dy)
-        seen = lax.dynamic_slice(channels, corner, window)[0, :, ::sx, ::sy]
-        return jnp.sum(seen * errors[o], dtype=dtype)
+        *corner, o = position
+        return jnp.sum(window(layer, h, delta, corner, 1)[0] * delta[o], dtype=dtype)
 
-    chunk = _chunk(batch * out_x * out_y, column.size)
+    chunk = _chunk(math.prod(delta.shape[1:]), column.size)
     return lax.map(one, (kx, ky, i, output), batch_size=chunk)
+
+
+def window(layer: Layer, h: Array, delta: Array, corner: Sequence[Array], channels: int) -> Array:
+    """What a kernel position reads for every output position: h[i:, b, x s + kx d, y s + ky d].
+
+    Corner (kx, ky, i) int32; h and delta from `by_unit` -> (channels, B, H', W').
+    """
+    (sx, sy), (dx, dy) = layer.strides, layer.dilation
+    batch, out_x, out_y = delta.shape[1:]
+    kx, ky, i = corner
+    size = (channels, batch, (out_x - 1) * sx + 1, (out_y - 1) * sy + 1)
+    return lax.dynamic_slice(h, (i, jnp.zeros_like(i), kx * dx, ky * dy), size)[..., ::sx, ::sy]
 
 
 def _chunk(elements: int, candidates: int) -> int:

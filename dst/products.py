@@ -168,23 +168,35 @@ def over_connections(part: Part, values: Array, arena: Arena, step: Callable, ca
 
     `at` (start, inside) says where the chunk stands in the arena; outside the layer value is 0.
     """
-    K = arena.column.size
+    rows = rows_of(arena.pointer, arena.column.size) - part.first
+    begin, end = arena.pointer[part.first], arena.pointer[part.end]
+
+    def within(carry, at, value, i, row):
+        return step(carry, at, value, i, row % part.n_out)
+
+    return over_range((values, arena.column, rows), begin, end, within, carry)
+
+
+def over_range(arrays: tuple, begin: Array, end: Array, step: Callable, carry: Any) -> Any:
+    """Folds `step(carry, at, *slices)` over entries `begin` to `end` of arrays (K,), in chunks.
+
+    `at` (start, inside) says where the chunk stands; outside the range the slices are 0.
+    """
+    K = arrays[0].size
     size = min(CHUNK, K)
     if not size:
         return carry
-    rows = rows_of(arena.pointer, K)
-    begin, end = arena.pointer[part.first], arena.pointer[part.end]
 
     def chunk(c, carry):
         due = begin + c * size
         start = jnp.minimum(due, K - size)
         index = start + jnp.arange(size, dtype=jnp.int32)
         inside = (index >= due) & (index < end)
-        value, i, row = (
+        slices = (
             jnp.where(inside, lax.dynamic_slice(a, (start,), (size,)), jnp.zeros((), a.dtype))
-            for a in (values, arena.column, rows - part.first)
+            for a in arrays
         )
-        return step(carry, (start, inside), value, i, row % part.n_out)
+        return step(carry, (start, inside), *slices)
 
     return lax.fori_loop(0, -((begin - end) // size), chunk, carry)
 

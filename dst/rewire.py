@@ -37,6 +37,7 @@ from dst.sample import draw_subset
 from dst.select import bits, lowest
 from dst.share import share_out
 from dst.state import SparseState, active_counts, join, kernels_of
+from dst.stream import streamed_choice
 from dst.update import (
     AXIS,
     REWIRE_STREAM,
@@ -59,6 +60,7 @@ class Candidates(NamedTuple):
     position: Array  # int32 (|S|,)
     score: Array  # float (|S|,)
     asked: Array  # int32 (), |S| that was asked for
+    realised: Array  # int32 (), |S|
     finite: Array  # bool (), whether all scores were
 
 
@@ -156,7 +158,7 @@ def report(state: SparseState, dropped: Array, grow: Array, S: Candidates, finit
         "pruned": dropped,
         "grown": grow,
         "subset_asked": S.asked,
-        "subset_realised": jnp.isfinite(S.score).sum(dtype=jnp.int32),
+        "subset_realised": S.realised,
         "active": active_counts(state.masks),
         "dead_units": {path: dead_units(m) for path, m in state.masks.items()},
         **told(state.method),
@@ -169,22 +171,36 @@ def candidates(net: Network, method: Method, loss: Loss) -> Callable[..., Candid
     """S and its scores, of the method: (state, batch, f x g, event) -> Candidates."""
     if not method.score:
         return nothing
+    if method.growth_memory == "streamed":
+        return streamed(net, loss, int(plan(net, method).grown.max()))
     choose = subset(net, method, loss) if method.heuristic else everything
     score = SCORES[method.score](net, loss)
 
     def sample(state: SparseState, batch: Any, fg: Any, event: Array) -> Candidates:
         S, valid, wanted = choose(state, batch, fg, event)
         scores = score(state, batch, S)
-        best = jnp.where(join(valid), join(scores), -jnp.inf)
-        return Candidates(join(positions(net, S)), best, wanted, all_finite(scores))
+        best, realised = jnp.where(join(valid), join(scores), -jnp.inf), join(valid).sum()
+        return Candidates(join(positions(net, S)), best, wanted, realised, all_finite(scores))
 
     return sample
 
 
 def nothing(state: SparseState, batch: Any, fg: Any, event: Array) -> Candidates:
     """No candidate: pruning only drops."""
-    none = jnp.full(1, -jnp.inf)
-    return Candidates(jnp.zeros(1, jnp.int32), none, jnp.int32(0), jnp.bool_(True))
+    none, zero = jnp.full(1, -jnp.inf), jnp.int32(0)
+    return Candidates(jnp.zeros(1, jnp.int32), none, zero, zero, jnp.bool_(True))
+
+
+def streamed(net: Network, loss: Loss, most: int) -> Callable[..., Candidates]:
+    """RigL's choice with one block of the dense gradient at a time: the best `most` of all."""
+    choose = streamed_choice(net, loss, most)
+
+    def sample(state: SparseState, batch: Any, fg: Any, event: Array) -> Candidates:
+        position, score, finite = choose(state, batch)
+        inactive = net.possible - join(state.masks).sum(dtype=jnp.int32)
+        return Candidates(position, score, inactive, inactive, finite)
+
+    return sample
 
 
 def everything(state: SparseState, batch, fg, event) -> tuple[ByLayer, ByLayer, Array]:

@@ -83,7 +83,7 @@ def test_the_configuration_gives_every_field():
         drop="magnitude", score="gradient", heuristic="synflow", drop_fraction=0.3, floor=0.1,
         every=11, end=500, subset_ratio=3.0, rounds=4, explored=True,
     )  # fmt: skip
-    config.update(method="rigl", growth_memory="streamed")
+    config.update(method="rigl", growth_memory="streamed", initial_sparsity=0.25)
     assert method_of(resolve(config), 100).growth_memory == "streamed"
     assert dst.method("gse").floor == 0.0
 
@@ -117,6 +117,8 @@ def test_what_does_not_go_together():
         dst.method("dsr", initial=0.5)
     with pytest.raises(ConfigError, match=r"^initial must be at most 0\.9, .*, not 0\.95\.$"):
         dst.method("granet", 0.9, initial=0.95)
+    with pytest.raises(ConfigError, match=r"^growth_memory must be 'dense' for method 'gse', "):
+        dst.method("gse", growth_memory="streamed")
     with pytest.raises(ConfigError, match=r"^share must be '' for a method .* not 'momentum'\.$"):
         dst.method("gse", share="momentum")
     assert dst.method("gse", initial=0.5).ramps and not dst.method("gse", initial=0.98).ramps

@@ -27,7 +27,7 @@ METHODS = ["set", "rigl", "gse"]
 def exchange(A, w, S, score, k, size):
     """Drop the k weakest of A, grow the k <= size best of S: (A without P, that with G)."""
     survivors = A & ~weakest(w, A, k)
-    candidates = rewire_module.Candidates(S, score, k, jnp.bool_(True))
+    candidates = rewire_module.Candidates(S, score, k, k, jnp.bool_(True))
     network = types.SimpleNamespace(possible=A.size)
     return survivors, survivors | rewire_module.grown(network, candidates, k, size, None)
 

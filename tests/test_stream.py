@@ -1,0 +1,290 @@
+"""RigL's choice from blocks of the dense gradient: that of the whole one, in both executions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import dst
+from dst import kernels, probes, stream
+from dst.select import nothing
+from dst.update import AXIS
+from tests import tiny
+from tests.arenas import random_case
+from tests.executions import ONE, both, check_arena, close, dense, structure
+from tests.test_probes import Layers, Structure, arrays_of, assert_close, by_call, loss_of, setting
+
+BLOCKS = [1, 7, 40, 2**20]
+
+
+def on_devices(f, *args):
+    """f on each entry of the leading axis, as on that many devices."""
+    return jax.jit(jax.vmap(f, axis_name=AXIS))(*args)
+
+
+# -------------------------------------------------------------------------------------- one block
+@pytest.mark.parametrize("model", [Layers(), Structure(True)], ids=["layers", "structure"])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (9, 2)])
+def test_blocks_are_pieces_of_the_dense_gradient(model, size):
+    """Plain autodiff, put together from blocks that overlap at the layer's end."""
+    net, variables, x, mix = setting(model)
+    _, exact = by_call(Structure(False) if isinstance(model, Structure) else model)
+    sizes = {p: (min(size[0], l.n_in), min(size[1], l.n_out)) for p, l in net.layers.items()}
+    places = {p: stream.corners(l, sizes[p], l.n_in) for p, l in net.layers.items()}
+
+    def blocks(_):
+        found = {}
+        units = probes.observe(net.layers, loss_of(net, variables, x, mix))
+        for path, layer in net.layers.items():
+
+            def one(corner, layer=layer, n=sizes[path], units=units[layer.path]):
+                at, due = stream.fit(layer, list(corner), n)
+                return jnp.stack(at), due, stream.gradient_block(layer, *units, at, n)
+
+            found[path] = jax.lax.map(one, jnp.asarray(places[path]))
+        return found
+
+    with jax.enable_x64(True):
+        found = on_devices(blocks, jnp.zeros(1))
+    for path, layer in net.layers.items():
+        whole = np.full((*(layer.shape[:-2] or (1, 1)), layer.n_in, layer.n_out), np.nan)
+        for (a, b, i, o), due, G in zip(*(np.asarray(v[0]) for v in found[path]), strict=True):
+            here = whole[a, b, i : i + due.shape[0], o : o + due.shape[1]]
+            assert np.isnan(here[due]).all()  # each connection is due once
+            here[due] = G[due]
+        assert_close(whole.reshape(layer.shape), exact[path], path, 2e-6)
+
+
+def test_a_block_is_summed_in_float32():
+    """256 ones and then a 1: in bfloat16 the sum would stay at 256."""
+    layer = dst.network(Layers(), *(jnp.zeros(a.shape) for a in setting(Layers())[2:])).layers
+    h, delta = jnp.ones((126, 257), jnp.bfloat16), jnp.ones((3, 257), jnp.bfloat16)
+    corner = [jnp.int32(0)] * 4
+    block = lambda h, d: stream.gradient_block(layer["rows"], h, d, corner, (2, 2))  # noqa: E731
+    for d in (delta, delta.astype(jnp.float32)):
+        G = on_devices(block, h[None], d[None])
+        assert G.dtype == jnp.float32
+        np.testing.assert_array_equal(G, np.full((1, 2, 2), 257))
+
+
+# ------------------------------------------------------------------------- the best of all of them
+def gradient(layer, h, delta):
+    """dL/dw from h and delta, by sums over windows in float64."""
+    h, delta = np.float64(h), np.float64(delta)
+    if layer.kind == "dense":
+        return h @ delta.T
+    G, (sx, sy), (dx, dy) = np.zeros(layer.shape), layer.strides, layer.dilation
+    for a, b, x, y in np.ndindex(*layer.shape[:2], *delta.shape[2:]):
+        G[a, b] += h[:, :, a * dx + x * sx, b * dy + y * sy] @ delta[:, :, x, y].T
+    return G
+
+
+def integers(rng, layer, devices=2, batch=2):
+    """h and delta of small integers on each device: sums are exact and many are equal."""
+    sides = 2 if layer.kind == "conv" else 0
+    out = (3, 2)[:sides]
+    extent = [
+        (n - 1) * s + (k - 1) * d + 2
+        for n, s, k, d in zip(out, layer.strides, layer.shape, layer.dilation, strict=False)
+    ]
+    draw = lambda *shape: rng.integers(-1, 2, (devices, *shape)).astype(np.float32)  # noqa: E731
+    return draw(layer.n_in, batch, *extent), draw(layer.n_out, batch, *out)
+
+
+def mean_gradient(layer, units):
+    """The average over the devices."""
+    return np.mean([gradient(layer, *each) for each in zip(*units, strict=True)], 0)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_masked_the_choice_is_top_k_of_all_layers(monkeypatch, block):
+    """Ties included, whatever the blocks; what is active is never chosen."""
+    monkeypatch.setattr(stream, "BLOCK", block)
+    rng = np.random.default_rng(block)
+    layers = setting(Layers())[0].layers
+    units = {path: integers(rng, layer) for path, layer in layers.items()}
+    masks = {path: rng.random(layer.shape) < 0.3 for path, layer in layers.items()}
+    score = np.concatenate(
+        [
+            np.where(masks[p], -np.inf, np.abs(mean_gradient(layer, units[p]))).ravel()
+            for p, layer in layers.items()
+        ]
+    )
+    order = np.argsort(-score, kind="stable")
+    inactive = int(np.isfinite(score).sum())
+    for size in (1, 100, inactive + 5):
+        choose = lambda units, n=size: stream.strongest(layers, units, masks, n)  # noqa: E731
+        position, best, finite = on_devices(choose, units)
+        assert position.dtype == jnp.int32 and bool(finite.all())
+        for p, s in zip(np.asarray(position), np.asarray(best), strict=True):
+            np.testing.assert_array_equal(p[:inactive], order[:size][:inactive])
+            np.testing.assert_array_equal(s, score[order[:size]])
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_sparse_the_choice_is_the_best_of_what_does_not_exist(monkeypatch, tier, block):
+    """Of equals the first in (row, column) order; blocks cut rows, or hold many."""
+    monkeypatch.setattr(stream, "BLOCK", block)
+    rng = np.random.default_rng(block)
+    case = random_case(rng, 60)
+    layers = [part.layer for part in case.arena.parts]
+    units = {layer.path: integers(rng, layer) for layer in layers}
+    missing = []
+    for part, mask in zip(case.arena.parts, case.masks, strict=True):
+        G = np.abs(mean_gradient(part.layer, units[part.layer.path])).reshape(-1, part.n_out)
+        for i, o in zip(*np.nonzero(~mask), strict=True):
+            missing.append((-G[i, o], part.first + i // part.block * part.n_out + o, i))
+    missing.sort()
+    for size, P in ((1, 1), (30, 20), (200, 200)):
+        choose = lambda units, s=size, P=P: stream.strongest_missing(  # noqa: E731
+            case.arena, units, nothing(s), jnp.int32(P)
+        )
+        one = jax.pmap(choose, axis_name=AXIS, devices=jax.local_devices()[:2], out_axes=None)
+        found, finite = one(units)
+        assert bool(finite)
+        row, column, score = (np.asarray(a)[np.asarray(found.score) >= 0] for a in found)
+        expected = sorted((r, i, -s) for s, r, i in missing[:P])
+        assert list(zip(row, column, score, strict=True)) == expected
+
+
+# ------------------------------------------------------------------------------------- end to end
+def wide(state):
+    """The state in float64, so that no two scores are near each other."""
+    cast = lambda leaf: leaf.astype("float64") if leaf.dtype == "float32" else leaf  # noqa: E731
+    fields = ("params", "opt_state", "batch_stats")
+    return state.replace(**{f: jax.tree.map(cast, getattr(state, f)) for f in fields})
+
+
+def rewired(s, devices=ONE):
+    """(state, report) after one rewire in float64."""
+    with jax.enable_x64(True):
+        images, labels = tiny.batch(2)
+        rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=devices)
+        return rewire(wide(s.state), (images.astype(np.float64), labels))
+
+
+@pytest.mark.parametrize("block", [50, 2**20])
+def test_all_executions_take_rigls_step(monkeypatch, block):
+    """Dense, streamed, sparse: the same connections and the same report, floors included."""
+    monkeypatch.setattr(stream, "BLOCK", block)
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    options = {"floor": 0.8, "drop_fraction": 0.4}
+    whole, report = rewired(tiny.setup("rigl", **options))
+    assert int(report["grown"]) > 40
+    for s in both("rigl", growth_memory="streamed", **options):
+        state, same = rewired(s)
+        for path, mask in structure(whole).items():
+            np.testing.assert_array_equal(structure(state)[path], mask)
+        assert jax.device_get(report) == jax.device_get(same)
+        close(dense(whole), dense(state))
+
+
+def test_in_float32_the_choice_is_rigls_but_for_equals(monkeypatch, tier):
+    """What differs from the dense gradient's choice lies within 1e-5 of the cut."""
+    monkeypatch.setattr(stream, "BLOCK", 50)
+    masked = tiny.setup("rigl")
+    rewire = dst.make_rewire(masked.net, masked.tx, masked.method, tiny.loss, devices=ONE)
+    expected = structure(rewire(masked.state, masked.batch)[0])
+
+    def value(params):
+        apply = lambda x, **kw: masked.net.model.apply(  # noqa: E731
+            {"params": params, **masked.state.batch_stats}, x, **kw, mutable=["batch_stats"]
+        )[0]
+        return tiny.loss(apply, masked.batch)[0]
+
+    G = tiny.kernels(jax.grad(value)(masked.state.params), masked.state)
+    grown = [np.abs(G[p])[m & ~structure(masked.state)[p]] for p, m in expected.items()]
+    cut = np.concatenate(grown).min()
+    for s in both("rigl", growth_memory="streamed"):
+        rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=ONE)
+        found = structure(rewire(s.state, s.batch)[0])
+        for path, mask in expected.items():
+            near = np.abs(G[path])[mask != found[path]]
+            np.testing.assert_allclose(near, cut, rtol=1e-5)
+
+
+@pytest.mark.parametrize("execution", ["masked", "sparse"])
+def test_devices_agree_and_take_the_step_of_one(execution):
+    s = tiny.setup("rigl", norm=False, execution=execution, growth_memory="streamed")
+    one, four = (structure(rewired(s, devices)[0]) for devices in (ONE, jax.local_devices()))
+    for path, mask in one.items():
+        np.testing.assert_array_equal(mask, four[path])
+
+
+@pytest.mark.parametrize("execution", ["masked", "sparse"])
+def test_nan_is_reported(execution):
+    """One NaN in the inputs, in a block that is not the last."""
+    s = tiny.setup("rigl", norm=False, execution=execution, growth_memory="streamed")
+    rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=ONE)
+    assert bool(rewire(s.state, s.batch)[1]["finite"])
+    images = s.batch[0].copy()
+    images[0, 0, 0, 0] = np.nan
+    assert not bool(rewire(s.state, (images, s.batch[1]))[1]["finite"])
+
+
+def test_many_rewires_keep_the_arena(monkeypatch, tier):
+    """K connections, sorted, none twice; exactly |P_t| move."""
+    monkeypatch.setattr(stream, "BLOCK", 50)
+    s = tiny.setup("rigl", execution="sparse", growth_memory="streamed")
+    update = dst.make_update(s.net, s.tx, tiny.loss, devices=ONE)
+    rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=ONE)
+    state, K = s.state, s.state.masks.column.size
+    for event, P in enumerate(dst.plan(s.net, s.method)[0][:5]):
+        for step in range(2):
+            state, _ = update(state, tiny.batch(2 * event + step))
+        before = structure(state)
+        state, report = rewire(state, tiny.batch(event))
+        check_arena(state, K)
+        moved = sum((mask & ~before[path]).sum() for path, mask in structure(state).items())
+        assert moved == int(report["grown"]) == P > 0
+
+
+# ----------------------------------------------------------------------------------------- memory
+class Wide(nn.Module):
+    """A layer of 50,000 possible connections, and a few."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(5)(nn.relu(nn.Dense(200)(x)))
+
+
+def wide_run(execution):
+    rng = np.random.default_rng(0)
+    batch = rng.normal(size=(4, 250)).astype(np.float32), np.zeros(4, np.int32)
+    net = dst.network(Wide(), jnp.zeros((1, 250)), train=True, execution=execution)
+    method = dst.method("rigl", 0.98, every=2, end=12, growth_memory="streamed")
+    state = dst.init_state(net, tiny.SGD, method, jax.random.key(0))
+    return net, method, state, batch
+
+
+@pytest.mark.parametrize("block", [1000, 2**20])
+def test_sparse_no_array_is_larger_than_a_block(monkeypatch, tier, block):
+    monkeypatch.setattr(stream, "BLOCK", block)
+    net, method, state, batch = wide_run("sparse")
+    rewire = dst.make_rewire(net, tiny.SGD, method, tiny.loss, devices=ONE)
+    shapes = arrays_of(jax.make_jaxpr(rewire)(state, batch).jaxpr)
+    largest = max(np.prod(shape, initial=1) for shape in shapes)
+    assert (largest >= 50_000) == (block > 50_000)
+
+
+@pytest.mark.parametrize("block", [1000, 2**20])
+def test_masked_no_block_of_the_gradient_is_larger_than_asked(monkeypatch, block):
+    """Activations are products, too, but of 4 rows."""
+    monkeypatch.setattr(stream, "BLOCK", block)
+    net, _, state, batch = wide_run("masked")
+    largest = []
+
+    def products(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                largest.append(max(v.aval.size for v in equation.outvars))
+            for value in equation.params.values():
+                for inner in value if isinstance(value, tuple | list) else [value]:
+                    inner = getattr(inner, "jaxpr", inner)
+                    if hasattr(inner, "eqns"):
+                        products(inner)
+
+    choose = jax.vmap(stream.streamed_choice(net, tiny.loss, 50), (None, 0), axis_name=AXIS)
+    products(jax.make_jaxpr(choose)(state, jax.tree.map(lambda a: a[None], batch)).jaxpr)
+    assert max(largest) <= 50_000 and (max(largest) == 50_000) == (block > 50_000)
