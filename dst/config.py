@@ -142,7 +142,7 @@ _RULES: dict[str, Rule] = {
     "sparsity": _SPARSITY,
     "initial_sparsity": _SPARSITY,
     "distribution": choice("uniform", "er", "er_unfolded", "erk"),
-    "heuristic": choice("", "uniform", "grabo", "synflow", "graest"),
+    "heuristic": choice("uniform", "grabo", "synflow", "graest"),
     "growth_memory": choice("dense", "streamed"),
     "drop_fraction": number(lambda v: 0 <= v <= 1, "in [0, 1]"),
     "layer_floor": number(lambda v: 0 <= v < 1, "in [0, 1)"),

@@ -19,7 +19,7 @@ from jax import lax
 from dst import kernels
 from dst.arena import VALUES, Arena, Part
 from dst.config import ConfigError
-from dst.heuristics import HEURISTICS, ON_HOST
+from dst.heuristics import HEURISTICS, OBSERVED, ON_HOST
 from dst.methods import Method
 from dst.moments import recognise
 from dst.network import Network
@@ -97,17 +97,13 @@ def observer(net: Network, method: Method, loss: Loss) -> Callable:
     def look(state: SparseState, batch: Any, fg: Any):
         value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
         seen = observe(net.layers, value) if scored else {}
-        if method.heuristic == "grabo":
-            fg = lax.psum({path: tuple(map(_total, hd)) for path, hd in seen.items()}, AXIS)
+        if method.heuristic in OBSERVED:
+            fg = OBSERVED[method.heuristic](net, state, seen)
         elif method.heuristic not in ON_HOST:
             fg = measure(state, batch)
         return seen, fg
 
     return look
-
-
-def _total(units: Array) -> Array:
-    return jnp.sum(jnp.abs(units), axis=tuple(range(1, units.ndim)), dtype=jnp.float32)
 
 
 # ------------------------------------------------------------- every inactive connection, or S

@@ -2,7 +2,8 @@
 
 A heuristic is (net, loss) -> measure, and measure(state, batch) -> {path: (f, g)} with f (n_in,)
 and g (n_out,), non-negative and not normalised. A connection is then drawn with probability
-f_a g_b; in a convolution a and b are channels and the kernel position is uniform (App. C).
+f_a g_b; in a convolution a and b are channels and the kernel position is uniform (App. C), unless
+f tells the positions apart: (kx ky n_in,).
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from jax import lax
 from dst.arena import Arena, Connections
 from dst.config import ConfigError
 from dst.execution import linear, variables_of
-from dst.network import Network, describe, is_layer, layer_path, obstacle
-from dst.probes import marginals
+from dst.network import Layer, Network, describe, is_layer, layer_path, obstacle
+from dst.probes import marginals, observe, window
 from dst.state import SparseState
-from dst.update import AXIS, Loss, run_loss
+from dst.update import AXIS, Loss, run_loss, stream
 
 Array = jax.Array
 Marginals = dict[str, tuple[Array, Array]]
+Units = Mapping[str, tuple[Array, Array]]  # h and delta of every layer, from `observe`
+
+SKETCH_STREAM = 3  # GraEst's signs, beside the streams of `dst.update`
 
 
 def uniform(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]:
@@ -46,6 +50,59 @@ def grabo(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]:
         return lax.psum(marginals(net.layers, value), AXIS)
 
     return measure
+
+
+def bounds(net: Network, state: SparseState, seen: Units) -> Marginals:
+    """GraBo's f and g from h and delta that were observed."""
+
+    def total(a: Array) -> Array:
+        return jnp.sum(jnp.abs(a), axis=tuple(range(1, a.ndim)), dtype=jnp.float32)
+
+    return lax.psum({path: tuple(map(total, pair)) for path, pair in seen.items()}, AXIS)
+
+
+def graest(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]:
+    """GraEst: f = |sum_b r_b h_b|, g = |sum_b r_b delta_b| with random signs r (an AMS sketch).
+
+    The product of the signed sums is G in expectation. In a convolution every output position of
+    every image has a sign, and f is that of the columns (kx, ky, i): (kx ky n_in,).
+    """
+
+    def measure(state: SparseState, batch: Any) -> Marginals:
+        value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
+        return sketches(net, state, observe(net.layers, value))
+
+    return measure
+
+
+def sketches(net: Network, state: SparseState, seen: Units) -> Marginals:
+    """GraEst's f and g from h and delta that were observed; each device has its own signs."""
+    key = jax.random.fold_in(stream(state, SKETCH_STREAM), lax.axis_index(AXIS))
+    sums = {}
+    for l, (path, layer) in enumerate(net.layers.items()):
+        h, delta = seen[path]
+        sign = jax.random.rademacher(jax.random.fold_in(key, l), delta.shape[1:], delta.dtype)
+        sums[path] = signed_sums(layer, h, delta, sign)
+    return jax.tree.map(jnp.abs, lax.psum(sums, AXIS))
+
+
+def signed_sums(layer: Layer, h: Array, delta: Array, sign: Array) -> tuple[Array, Array]:
+    """sum_b r_b h_b over the columns and sum_b r_b delta_b; h and delta from `observe`.
+
+    Shapes: sign (B,), or (B, H', W') of a convolution -> (columns,), (n_out,), at least float32.
+    """
+
+    def total(a: Array) -> Array:
+        rows, dtype = a.reshape(a.shape[0], -1), jnp.promote_types(a.dtype, jnp.float32)
+        return jnp.matmul(rows, sign.ravel().astype(a.dtype), preferred_element_type=dtype)
+
+    def read_at(place: Array) -> Array:
+        return total(window(layer, h, delta, (*place, jnp.int32(0)), layer.n_in))
+
+    if layer.kind == "dense":
+        return total(h), total(delta)
+    places = jnp.array([*np.ndindex(layer.shape[:2])], jnp.int32)
+    return lax.map(read_at, places).ravel(), total(delta)
 
 
 def synflow(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]:
@@ -92,8 +149,9 @@ def check_flow(R: Array, R_of_double: Array, subject: str, instead: str) -> None
 # is below NOTHING counts as 0.
 TRACE, NOTHING = 1e-300, 1e-150
 
-HEURISTICS = {"uniform": uniform, "grabo": grabo, "synflow": synflow}
+HEURISTICS = {"uniform": uniform, "grabo": grabo, "synflow": synflow, "graest": graest}
 ON_HOST = ("synflow",)
+OBSERVED = {"grabo": bounds, "graest": sketches}  # what the pass that observes h and delta gives
 
 
 def synaptic_flow(

@@ -170,11 +170,11 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
         )
     # A step count is often NumPy's; a method holds plain numbers.
     options = {f: v.item() if isinstance(v, np.generic) else v for f, v in options.items()}
+    if "heuristic" not in ROWS[name]:
+        options.pop("heuristic", None)
     for field, value in options.items():
         if value is not None or field != "initial":
             check_value(field, value, RULES[field])
-    if "heuristic" not in ROWS[name]:
-        options.pop("heuristic", None)
     made = Method(name, 0.0 if name == "dense" else sparsity, **{**ROWS[name], **options})
     _check(made, ROWS[name].get("initial"))
     return made

@@ -50,9 +50,11 @@ def _scale(random: Array, total: Array) -> Array:
 def draw_pairs(key: Array, f: Array, g: Array, shape: tuple[int, ...], draws: int):
     """Columns and outputs from f x g, the place in a convolution's window uniform (App. C).
 
-    Shapes: f (n_in,), g (n_out,) -> int32 (draws,), (draws,); column is (kx, ky, i) flattened.
+    Shapes: f (n_in,), g (n_out,) -> int32 (draws,), (draws,); column is (kx, ky, i) flattened. From
+    f (kx ky n_in,) the column is drawn, place and all.
     """
-    marginals = [f, g] if len(shape) == 2 else [f, g, jnp.ones(math.prod(shape[:-2]), f.dtype)]
+    alike = math.prod(shape[:-1]) // f.size  # places that f does not tell apart
+    marginals = [f, g] if alike == 1 else [f, g, jnp.ones(alike, f.dtype)]
     n = max(p.size for p in marginals)
     # One call for all marginals: random bits are what takes long to compile.
     p = jnp.stack([jnp.pad(p, (0, n - p.size)) for p in marginals])
@@ -72,10 +74,10 @@ def draw_subset(
 ) -> tuple[Array, Array]:
     """S_l: at most `asked` distinct inactive positions in draw order, and which of them count.
 
-    Shapes: f (n_in,), g (n_out,), mask (..., n_in, n_out) -> int32 (size,), bool (size,). Draws
-    that are active or were drawn before are thrown away and drawn again, `rounds` times in all,
-    which is sampling without replacement (Plackett-Luce). If `asked` reaches the number of inactive
-    connections, S_l is all of them; `exhaustible=False` says that it never does.
+    Shapes: f (n_in,) or (columns,), g (n_out,), mask (..., n_in, n_out) -> int32 (size,), bool
+    (size,). Draws that are active or were drawn before are thrown away and drawn again, `rounds`
+    times in all, which is sampling without replacement (Plackett-Luce). If `asked` reaches the
+    number of inactive connections, S_l is all of them; `exhaustible=False` says that it never does.
     """
     flat, nowhere = mask.ravel(), mask.size
     inactive = nowhere - flat.sum(dtype=jnp.int32)

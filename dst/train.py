@@ -57,7 +57,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
 def run_once(
     config: ConfigDict, workdir: Path, masks: dict[str, Array] | None = None
 ) -> tuple[Network, SparseState, bool]:
-    """One run, with Lottery's `masks` from their ticket: the network, its state, whether it is over."""
+    """One run, with Lottery's `masks` from their ticket.
+
+    The network, its last state, and whether the run is over.
+    """
     # ---- Build
     log.refuse_another_run(workdir, config.to_dict())
     header = log.header(config.to_dict())

@@ -8,7 +8,7 @@ import pytest
 import dst
 from dst import explore, kernels
 from dst import rewire as masked_rewire
-from dst.heuristics import HEURISTICS
+from dst.heuristics import HEURISTICS, OBSERVED
 from dst.plan import plan
 from tests import tiny
 from tests.executions import ADAMW, ONE, both, check_arena, close, dense, structure
@@ -92,17 +92,17 @@ def test_the_choice_is_the_same_in_float64(monkeypatch):
         np.testing.assert_array_equal(mask, after[1][path])
 
 
-@pytest.mark.parametrize("heuristic", ["uniform", "grabo", "synflow"])
+@pytest.mark.parametrize("heuristic", ["uniform", "grabo", "synflow", "graest"])
 def test_the_marginals_are_the_same(heuristic, tier):
     """f and g of the masked pass, each up to its own scale."""
     found = []
     for s in both(heuristic=heuristic):
-        if heuristic == "grabo" and s.net.execution == "sparse":
+        if heuristic in OBSERVED and s.net.execution == "sparse":
             look = explore.observer(s.net, s.method, tiny.loss)
             measure = lambda state, batch, look=look: look(state, batch, {})[1]  # noqa: E731
         else:
             measure = HEURISTICS[heuristic](s.net, tiny.loss)
-        if heuristic == "grabo":
+        if heuristic in OBSERVED:
             measure = jax.pmap(
                 measure, axis_name="devices", in_axes=(None, 0), out_axes=None, devices=ONE
             )
@@ -114,7 +114,7 @@ def test_the_marginals_are_the_same(heuristic, tier):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("set", {}), *(("gse", {"heuristic": h}) for h in ("uniform", "grabo", "synflow"))],
+    [("set", {}), *(("gse", {"heuristic": h}) for h in ("uniform", "grabo", "synflow", "graest"))],
     ids=str,
 )
 def test_laws_of_a_rewire(name, options, tier):
@@ -217,7 +217,7 @@ def test_a_dense_gradient_is_refused():
     """RigL needs what sparse execution does not have, unless it is streamed."""
     s = tiny.setup("rigl", execution="sparse")
     with pytest.raises(
-        dst.ConfigError, match="gradient of every possible connection.*growth_memory=.streamed."
+        dst.ConfigError, match=r"gradient of every possible connection.*growth_memory=.streamed."
     ):
         dst.make_rewire(s.net, s.tx, s.method, tiny.loss)
 

@@ -24,7 +24,7 @@ BAD = {
     "last_fraction": [-0.1, 1.1],
     "subset_of": ["layer", None],
     "explored": [1, None],
-    "heuristic": ["nope", 1],
+    "heuristic": ["nope", ""],
     "score": ["magnitude", None],
     "drop_fraction": [-0.1, 1.1, math.nan],
     "floor": [-0.1, 1.0, math.nan, "0.1"],

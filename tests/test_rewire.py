@@ -175,7 +175,7 @@ def test_rigl_equals_brute_force():
     np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("heuristic", ["uniform", "grabo", "synflow"])
+@pytest.mark.parametrize("heuristic", ["uniform", "grabo", "synflow", "graest"])
 def test_all_inactive_candidates_equal_rigl(heuristic):
     """P3: S = everything inactive gives RigL's masks exactly, whatever the heuristic."""
     parts = setup("gse", heuristic=heuristic, subset_ratio=1000.0, norm=True)

@@ -153,6 +153,17 @@ def test_positions_of_a_convolution_are_uniform_in_the_window(branch):
     assert chi_square_p(counts[p > 0], p[p > 0]) > 1e-4
 
 
+def test_columns_of_a_convolution_are_drawn_place_and_all(branch):
+    shape = (2, 3, F.size, G.size)
+    f = np.random.default_rng(3).integers(0, 4, 6 * F.size).astype(np.float32)
+    pairs = sample.draw_pairs(jax.random.key(1), jnp.asarray(f), jnp.asarray(G), shape, 100_000)
+    column, output = map(np.asarray, pairs)
+    counts = np.bincount(column * G.size + output, minlength=120)
+    p = np.outer(f / f.sum(dtype=np.float64), G / G.sum()).ravel()
+    assert not counts[p == 0].any()
+    assert chi_square_p(counts[p > 0], p[p > 0]) > 1e-4
+
+
 @pytest.mark.parametrize(("n_in", "n_out"), [(4, 5), (5, 1), (1, 5)])
 def test_a_pair_is_an_input_and_an_output_drawn_apart(branch, n_in, n_out):
     f, g = np.array([0.0, 1, 2, 5, 3])[:n_in] + (n_in == 1), np.array([3.0, 0, 1, 2, 0.5])[:n_out]
