@@ -221,7 +221,7 @@ def observe(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]):
 
     What `gradient_at` reads. Errors: a layer whose calls `nn.jit` hides behind one trace.
     """
-    calls, name = _calls(layers, loss), str(next(OBSERVED))
+    calls, name = layer_calls(layers, loss), str(next(OBSERVED))
     seen = {path: 0 for path in layers}
 
     def tap(layer, module, h, y):
@@ -269,7 +269,7 @@ def _units(layer: Layer, calls: list[Tree]) -> tuple[Array, Array]:
     )
 
 
-def _calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> dict[str, list]:
+def layer_calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> dict[str, list]:
     """The shapes of h and y in every call of every layer, in call order; nothing is computed."""
     calls: dict[str, list] = {path: [] for path in layers}
 
