@@ -194,9 +194,8 @@ def strongest_missing(arena: Arena, units: Units, empty: Found, P: Array) -> tup
     def merge(carry, new):
         return best(carry[0], new[0], P), carry[1] & new[1]
 
-    starts = [
-        corners(part.layer, *each) for part, *each in zip(arena.parts, shapes, runs, strict=True)
-    ]
+    given = zip(arena.parts, shapes, runs, strict=True)
+    starts = [corners(part.layer, shape, run) for part, shape, run in given]
     blocks = [scorer(*each) for each in zip(arena.parts, shapes, strict=True)]
     return over_blocks(starts, blocks, merge, (empty, jnp.bool_(True)))
 
