@@ -148,7 +148,7 @@ class Bar(tqdm):
         self.update(step - self.n)
 
 
-def progress(total: int, step: int, unit: str = "step") -> Bar:
+def progress(total: int | None, step: int, unit: str = "step") -> Bar:
     """A bar of `total` steps, or of another unit, that starts at `step`, with ETA."""
     tty = sys.stderr.isatty()
     form = unit + " {n_fmt}/{total_fmt} {elapsed}<{remaining} {rate_fmt}{postfix}"
@@ -166,11 +166,11 @@ def progress(total: int, step: int, unit: str = "step") -> Bar:
 
 
 @contextmanager
-def scoring() -> Iterator[Callable[[int, int], None]]:
+def scoring() -> Iterator[Callable[[int, int | None], None]]:
     """`show(done, total)` moves a bar over the passes of pruning before training."""
     bars: list[Bar] = []
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int | None) -> None:
         if not bars:
             bars.append(progress(total, 0, "scoring step"))
         bars[0].show(done)

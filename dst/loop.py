@@ -13,12 +13,12 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dst import log
+from dst import cost, log
 from dst.methods import Method
 from dst.network import Network
 from dst.plan import due, until_due
 from dst.signals import stop_signals
-from dst.state import SparseState, active_counts, fresh_progress, sparsity_of
+from dst.state import SparseState, active_counts, first_counts, fresh_progress, sparsity_of
 from dst.steps import Resident, Steps
 
 Array = jax.Array
@@ -47,6 +47,9 @@ class Parts(NamedTuple):
     save: Callable[[SparseState], None]
     thinned: Callable[[dict[str, int]], list[tuple[str, int, int]]]  # layers that lost nearly all
     writer: log.Log
+    events: Callable[[], list[dict]]  # the log so far
+    scored: int  # examples of pruning before training
+    rounds: tuple[dict, ...]  # Lottery's before this one: steps up to its end, what it left active
 
     @property
     def total(self) -> int:
@@ -190,6 +193,24 @@ def rewire(run: Parts, state: SparseState, step: int) -> SparseState:
     return state
 
 
+def cost_of(run: Parts, step: int) -> dict[str, float]:
+    """What the run has cost, and Lottery's rounds before it, counted from the log.
+
+    So a resumed run tells the same.
+    """
+    before = run.rounds[-1]["step"] if run.rounds else 0
+    return cost.report(
+        run.net,
+        run.method,
+        first_counts(run.net, run.method),
+        [*run.rounds, *run.events()],
+        before + step,
+        run.config.batch_size,
+        run.scored,
+        1 + len(run.rounds),
+    )
+
+
 def end(run: Parts, state: SparseState, step: int) -> None:
     """The last line of the log."""
     test = {f"test_{name}": value for name, value in run.evaluate(state).items()}
@@ -203,6 +224,7 @@ def end(run: Parts, state: SparseState, step: int) -> None:
         sparsity=sparsity_of(state.masks),
         active=active,
         possible={path: layer.size for path, layer in run.net.layers.items()},
+        cost=cost_of(run, step),
         peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         reason=f"no better loss for {run.config.patience} epochs" if early else "all epochs done",
     )

@@ -6,7 +6,8 @@ the trained weights and `ticket` takes them back to theta_0, which the key gives
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,7 +54,7 @@ def ticket(
     tx: optax.GradientTransformation,
     method: Method,
     key: jax.Array,
-    masks: dict[str, np.ndarray],
+    masks: Mapping[str, Any],
 ) -> SparseState:
     """The state at the start of a round: theta_0 of this key on the masks, all else new.
 

@@ -59,7 +59,8 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         config, workdir = parse(argv)
-        from dst.train import Stopped, train  # takes seconds: not before the flags are right
+        from dst.loop import Stopped  # takes seconds: not before the flags are right
+        from dst.train import train  # takes seconds: not before the flags are right
 
         try:
             train(config, workdir)

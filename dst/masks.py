@@ -40,7 +40,8 @@ def layer_densities(shapes: Shapes, sparsity: float, distribution: str) -> dict[
         return dict.fromkeys(shapes, 1.0 - sparsity)
     unfolded = {path: (math.prod(s[:-1]), s[-1]) for path, s in shapes.items()}
     channels = {path: s[-2:] for path, s in shapes.items()}
-    dims = {"er": channels, "er_unfolded": unfolded, "erk": shapes}[distribution]
+    of: dict[str, Mapping] = {"er": channels, "er_unfolded": unfolded, "erk": shapes}
+    dims = of[distribution]
     raw = {path: sum(d) / math.prod(d) for path, d in dims.items()}
     full: set[str] = set()
     while True:

@@ -107,17 +107,17 @@ def grown(net: Network, S: Candidates, k: Array, most: int, weights: Array | Non
     """
     if weights is None:
         best = top(S.score, most, k, S.position.size)
-        G = jnp.append(S.position, net.possible)[best]
-        return jnp.zeros(net.possible, bool).at[G].set(True, mode="drop")
+        at = jnp.append(S.position, net.possible)[best]
+        return jnp.zeros(net.possible, bool).at[at].set(True, mode="drop")
     sizes = [layer.size for layer in net.layers.values()]
     scores = jnp.split(S.score, np.cumsum(sizes)[:-1])
     room = jnp.stack([jnp.isfinite(score).sum(dtype=jnp.int32) for score in scores])
     counts = share_out(k, weights, room)
-    best = [
+    G = [
         lowest(~bits(jnp.maximum(score, 0)), jnp.isfinite(score), count)
         for score, count in zip(scores, counts, strict=True)
     ]
-    return jnp.concatenate(best)
+    return jnp.concatenate(G)
 
 
 def top(score: Array, size: int, k: Array, nowhere: int) -> Array:

@@ -92,6 +92,11 @@ class ScoringBatches:
         if config.score_batches:
             self.count = min(self.count, config.score_batches)
 
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        return min(self.count * self.size, len(self.dataset.train_labels))
+
     def __len__(self) -> int:
         return self.count
 
@@ -99,7 +104,8 @@ class ScoringBatches:
         for n in range(self.count):
             part = slice(n * self.size, (n + 1) * self.size)
             images, labels = self.dataset.train_images[part], self.dataset.train_labels[part]
-            yield data.normalise(images, self.dataset.mean, self.dataset.std), labels
+            inputs = data.normalise(jnp.asarray(images), self.dataset.mean, self.dataset.std)
+            yield inputs, labels
 
 
 # ------------------------------------------------------------------------ the two jitted functions

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from dst import checkpoint, data, log, models, steps
@@ -21,6 +23,7 @@ from dst.evaluate import make_evaluate
 from dst.loop import Parts, Stopped, loop
 from dst.lottery import levels, ticket, winning
 from dst.masks import thinned
+from dst.methods import Method
 from dst.network import Network, network
 from dst.products import tier
 from dst.scores import prune_at_init
@@ -28,7 +31,7 @@ from dst.state import SparseState, active_counts, first_counts, init_state
 from dst.steps import Resident, classification, make_steps, method_of, optimizer, schedule
 from dst.update import replicate
 
-Array = jax.Array
+Masks = Mapping[str, Any]  # layer path -> bool
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -41,32 +44,39 @@ def train(config: ConfigDict, workdir: Path) -> None:
         run_once(config, workdir)
         return
     sparsities = levels(config.sparsity, config.lottery_levels)
-    masks = None
+    masks: Masks | None = None
+    rounds: list[dict] = []
+    steps_before = 0
     for n, (level, following) in enumerate(zip(sparsities, (*sparsities[1:], None), strict=True)):
         folder = workdir / "rounds" / f"{level:.4g}" if following is not None else workdir
         log.say(f"Round {n + 1} of {len(sparsities)}: sparsity {level:.4g}, in {folder}.")
         this = config.copy_and_resolve_references()
         this.sparsity = level
-        net, state, done = run_once(this.lock(), folder, masks)
+        net, state, done = run_once(this.lock(), folder, masks, tuple(rounds))
         if not done:
             return
         if following is not None:
             masks = winning(net, state, following)
+            steps_before += int(state.step)
+            left = {path: int(mask.sum()) for path, mask in masks.items()}
+            rounds.append({"event": "round", "step": steps_before, "active": left})
 
 
-def run_once(
-    config: ConfigDict, workdir: Path, masks: dict[str, Array] | None = None
-) -> tuple[Network, SparseState, bool]:
-    """One run, with Lottery's `masks` from their ticket.
+class Built(NamedTuple):
+    """What a run is made of, before anything is restored."""
 
-    The network, its last state, and whether the run is over.
-    """
-    # ---- Build
-    log.refuse_another_run(workdir, config.to_dict())
-    header = log.header(config.to_dict())
-    if config.execution == "sparse":
-        header["tier"] = tier()
-        log.say(f"Sparse execution: {header['tier']}.")
+    devices: list
+    dataset: data.Dataset
+    net: Network
+    method: Method
+    rate: optax.Schedule
+    tx: optax.GradientTransformation
+    state: SparseState  # the first one
+    per_epoch: int  # steps
+
+
+def build(config: ConfigDict, masks: Masks | None) -> Built:
+    """Data, network, method, optimizer and the first state, with `masks` a Lottery ticket."""
     devices = jax.local_devices()[: check_devices(config, jax.local_device_count())]
     dataset = data.load(config.dataset, config.data_dir, config.validation_size)
     example = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
@@ -75,18 +85,53 @@ def run_once(
     per_epoch = data.steps_per_epoch(len(dataset.train_labels), config.batch_size)
     rule, rate = method_of(config, per_epoch), schedule(config, per_epoch)
     tx, key = optimizer(config, rate), jax.random.key(config.seed)
-    fresh = init_state(net, tx, rule, key) if masks is None else ticket(net, tx, rule, key, masks)
-    fresh = replicate(fresh, devices)
+    state = init_state(net, tx, rule, key) if masks is None else ticket(net, tx, rule, key, masks)
+    return Built(devices, dataset, net, rule, rate, tx, replicate(state, devices), per_epoch)
 
-    # ---- Restore
+
+def run_once(
+    config: ConfigDict,
+    workdir: Path,
+    masks: Masks | None = None,
+    rounds: tuple[dict, ...] = (),
+) -> tuple[Network, SparseState, bool]:
+    """One run, with Lottery's `masks` from their ticket, after the `rounds` before.
+
+    The network, its last state, and whether the run is over.
+    """
+    log.refuse_another_run(workdir, config.to_dict())
+    header = log.header(config.to_dict())
+    if config.execution == "sparse":
+        header["tier"] = tier()
+        log.say(f"Sparse execution: {header['tier']}.")
+    built = build(config, masks)
     manager = checkpoint.open_manager(workdir, config.checkpoints_kept)
-    restored = restore(manager, fresh, config, workdir)
-    state = fresh if restored is None else restored
+    restored = restore(manager, built.state, config, workdir)
+    state = built.state if restored is None else restored
+    with log.open_log(workdir, header, -1 if restored is None else int(state.step)) as writer:
+        run = parts(config, workdir, built, manager, writer, rounds)
+        try:
+            if built.method.before and restored is None:
+                state = replicate(prune_first(run, built), built.devices)
+            state, done = loop(run, state)
+        except ArithmeticError as error:
+            newest = manager.latest_step()
+            kept = "no checkpoint was saved" if newest is None else f"the last good one is {newest}"
+            raise Stopped(f"{error}; {kept} (a lower learning_rate may help).") from error
+    log.plot(workdir)
+    return built.net, state, done
 
-    # ---- Run
+
+def parts(
+    config: ConfigDict, workdir: Path, built: Built, manager: Any, writer: log.Log, rounds: tuple
+) -> Parts:
+    """What the loop needs: data on the devices, compiled steps, where to save and to log."""
+    devices, dataset, net, rule = built.devices, built.dataset, built.net, built.method
     images, labels = replicate((dataset.train_images, dataset.train_labels), devices)
     order = jax.jit(data.epoch_order, static_argnums=2)
-    run_key = jnp.array(jax.random.key_data(state.key))  # the state's own buffers are donated
+    # The state's own buffers are donated.
+    run_key = jnp.array(jax.random.key_data(built.state.key))
+    record = {"config": config.to_dict()}
 
     @functools.lru_cache(maxsize=1)
     def resident(epoch: int) -> Resident:
@@ -96,37 +141,25 @@ def run_once(
     def score(images, labels):
         return make_evaluate(config, dataset, net, devices, images, labels)
 
-    held_out = len(dataset.validation_labels) > 0
-    record = {"config": config.to_dict()}
-    with log.open_log(workdir, header, -1 if restored is None else int(state.step)) as writer:
-        parts = Parts(
-            config=config,
-            method=rule,
-            net=net,
-            steps=make_steps(config, dataset, net, tx, rule, devices),
-            evaluate=score(dataset.test_images, dataset.test_labels),
-            validate=score(dataset.validation_images, dataset.validation_labels)
-            if held_out
-            else None,
-            resident=resident,
-            rate=rate,
-            per_epoch=per_epoch,
-            looped=steps.looped(devices),
-            save=lambda state: checkpoint.save(manager, state, record),
-            thinned=thinned(first_counts(net, rule)),
-            writer=writer,
-        )
-        try:
-            if rule.before and restored is None:
-                batches = steps.ScoringBatches(config, dataset)
-                state = replicate(prune_first(parts, state, tx, batches, devices), devices)
-            state, done = loop(parts, state)
-        except ArithmeticError as error:
-            newest = manager.latest_step()
-            kept = "no checkpoint was saved" if newest is None else f"the last good one is {newest}"
-            raise Stopped(f"{error}; {kept} (a lower learning_rate may help).") from error
-    log.plot(workdir)
-    return net, state, done
+    held_out = dataset.validation_images, dataset.validation_labels
+    return Parts(
+        config=config,
+        method=rule,
+        net=net,
+        steps=make_steps(config, dataset, net, built.tx, rule, devices),
+        evaluate=score(dataset.test_images, dataset.test_labels),
+        validate=score(*held_out) if len(held_out[1]) else None,
+        resident=resident,
+        rate=built.rate,
+        per_epoch=built.per_epoch,
+        looped=steps.looped(devices),
+        save=lambda state: checkpoint.save(manager, state, record),
+        thinned=thinned(first_counts(net, rule)),
+        writer=writer,
+        events=lambda: log.read(workdir / "metrics.jsonl")[1],
+        scored=steps.ScoringBatches(config, dataset).examples,
+        rounds=rounds,
+    )
 
 
 def restore(
@@ -142,12 +175,20 @@ def restore(
     return restored
 
 
-def prune_first(run: Parts, state: SparseState, tx, batches, devices: list) -> SparseState:
+def prune_first(run: Parts, built: Built) -> SparseState:
     """Pruning before training, reported and saved: a killed run does not score again."""
     begin = time.monotonic()
+    batches = steps.ScoringBatches(run.config, built.dataset)
     with log.scoring() as show:
         state = prune_at_init(
-            run.net, tx, run.method, classification, state, batches, devices=devices, show=show
+            run.net,
+            built.tx,
+            run.method,
+            classification,
+            built.state,
+            batches,
+            devices=built.devices,
+            show=show,
         )
     active = jax.device_get(active_counts(state.masks))
     run.writer.write("prune", 0, active=active, seconds=time.monotonic() - begin)
