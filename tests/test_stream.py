@@ -15,7 +15,7 @@ from tests.arenas import random_case
 from tests.executions import ONE, both, check_arena, close, dense, structure
 from tests.test_probes import Layers, Structure, arrays_of, assert_close, by_call, loss_of, setting
 
-BLOCKS = [1, 7, 2**20]
+BLOCKS = [3, 7, 2**20]
 
 
 def on_devices(f, *args):
