@@ -1,11 +1,13 @@
 """Dynamic sparse training with guided stochastic exploration, in JAX and Flax."""
 
+from dst import lottery
 from dst.config import ConfigError
 from dst.export import export, load, predictor
 from dst.methods import Method, method
 from dst.network import Network, network
 from dst.plan import due
 from dst.rewire import make_rewire
+from dst.scores import prune_at_init
 from dst.state import SparseState, init_state, sparsity_of
 from dst.update import make_update
 
@@ -18,11 +20,13 @@ __all__ = [
     "export",
     "init_state",
     "load",
+    "lottery",
     "make_rewire",
     "make_update",
     "method",
     "network",
     "predictor",
+    "prune_at_init",
     "sparsity_of",
 ]
 __version__ = "0.1.0"

@@ -29,10 +29,10 @@ from ml_collections import ConfigDict
 
 import dst
 from dst import cost, data, log, models
-from dst.config import TRAIN_IMAGES, ConfigError, default, resolve, validate
+from dst.config import TRAIN_IMAGES, ConfigError, default, validate
 from dst.heuristics import HEURISTICS
 from dst.masks import active_count
-from dst.methods import ROWS, Method
+from dst.methods import ROWS, Method, resolve
 from dst.network import Network
 from dst.plan import due, plan
 from dst.rewire import host_heuristic, rewire_body
