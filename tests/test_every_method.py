@@ -1,4 +1,4 @@
-"""What holds for every method, in one suite: counts, zeros, traces, replicas, resuming, collapse."""
+"""What holds for every method: counts, zeros, traces, replicas, resuming, an empty layer."""
 
 from __future__ import annotations
 
