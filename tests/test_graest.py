@@ -84,7 +84,8 @@ def test_four_devices_rewire_alike(execution):
     s = tiny.setup("gse", norm=False, execution=execution, heuristic="graest")
     rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss)
     state, report = rewire(s.state, s.batch)
-    P, asked = (a[0] for a in plan(s.net, s.method))
+    planned = plan(s.net, s.method)
+    P, asked = planned.grown[0], planned.subset[0]
     assert int(report["pruned"]) == int(report["grown"]) == P > 0 and bool(report["finite"])
     assert 0.9 * asked.sum() <= int(report["subset_realised"]) <= asked.sum()
     before, after = structure(s.state), structure(state)

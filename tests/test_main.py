@@ -18,15 +18,17 @@ DIGITS = f"--config={ROOT}/configs/digits_mlp.py"
 
 
 class StoppedForTest(RuntimeError):
-    """Stands for dst.train.Stopped."""
+    """Stands for dst.loop.Stopped."""
 
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
     """Replaces the training by a list of its calls; the current folder is an empty one."""
     calls = []
-    fake = types.SimpleNamespace(train=lambda *args: calls.append(args), Stopped=StoppedForTest)
+    fake = types.SimpleNamespace(train=lambda *args: calls.append(args))
     monkeypatch.setitem(sys.modules, "dst.train", fake)
+    loop = types.SimpleNamespace(Stopped=StoppedForTest)
+    monkeypatch.setitem(sys.modules, "dst.loop", loop)
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -54,7 +56,10 @@ BAD_FLAGS = [
     ([DIGITS, "--config.epochs=1.5"], "epochs must be an integer >= 1, not '1.5'"),
     ([DIGITS, "--config.seed=True"], "seed must be an integer", "not 'True'"),
     ([DIGITS, "--config.hidden=many"], "hidden must be a tuple", "not ('many',)"),
-    ([DIGITS, "--config.heuristic=nope"], "heuristic must be 'uniform', 'grabo' or 'synflow'"),
+    (
+        [DIGITS, "--config.heuristic=nope"],
+        "heuristic must be 'uniform', 'grabo', 'synflow' or 'graest'",
+    ),
     ([DIGITS, "--wrkdir=x"], "'wrkdir'", "Did you mean: workdir"),
     ([DIGITS, "stray"], "not 'stray'"),
     ([DIGITS, "--", "--config.epochs=3"], "not '--config.epochs=3'"),

@@ -101,7 +101,7 @@ def test_the_budget_is_an_exact_integer():
 
 def test_an_unknown_distribution_is_named():
     with pytest.raises(
-        ConfigError, match=r"^distribution is 'erdos'; allowed are uniform, er, erk\.$"
+        ConfigError, match=r"^distribution is 'erdos'; allowed are uniform, er, er_unfolded, erk\.$"
     ):
         layer_counts({"a": (2, 2)}, 0.5, "erdos")
 

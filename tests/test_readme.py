@@ -48,6 +48,17 @@ def test_the_results_are_those_of_the_committed_logs():
     assert table and table[1] == done.stdout.strip()
 
 
+def test_the_comparison_is_that_of_the_committed_logs():
+    """What `experiments.compare` prints of all methods."""
+    folder = "experiments/results/cifar100_vgg16_methods"
+    command = [sys.executable, "-m", "experiments.compare", folder]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    marker = rf"<!-- python -m experiments.compare {folder} -->\n(.*?)\n<!--"
+    table = re.search(marker, README, re.DOTALL)
+    assert table and table[1] == done.stdout.strip()
+
+
 def test_the_savings_are_those_of_the_committed_benchmarks():
     """The first screen's table is what `experiments/benchmarks/table.py` prints."""
     done = subprocess.run(
