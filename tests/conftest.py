@@ -14,6 +14,13 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A process that keeps the programs of all modules runs out of memory maps, and XLA crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=["pure", "compiled"])
 def tier(request, monkeypatch):
     """Both tiers of sparse execution; on a machine without a compiler there is one."""
