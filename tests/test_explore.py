@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import dst
+from dst import candidates as masked_candidates
 from dst import explore, kernels
-from dst import rewire as masked_rewire
 from dst.heuristics import HEURISTICS, OBSERVED
 from dst.plan import plan
 from tests import tiny
@@ -41,7 +41,7 @@ def inject(monkeypatch, S):
         padded[:, : order.size] = row[order], column[order]
         return jnp.asarray(padded[0]), jnp.asarray(padded[1])
 
-    monkeypatch.setattr(masked_rewire, "subset", lambda *_: choose)
+    monkeypatch.setattr(masked_candidates, "subset", lambda *_: choose)
     monkeypatch.setattr(explore, "draw_rows", draw_rows)
 
 

@@ -15,6 +15,7 @@ import dst
 from dst import train
 from dst.drop import unprotected, weakest
 from dst.plan import floors, plan
+from dst.state import join, kernels_of
 from tests.test_train import small
 from tests.tiny import active, kernels, loss, setup
 
@@ -81,6 +82,13 @@ def test_what_the_floors_protect_is_not_dropped_whatever_is_asked():
         assert (np.asarray(mask) & np.asarray(new.masks[path])).sum() == least
 
 
+@jax.jit
+def dropping(keep, params, masks, k):
+    """What no floor protects, and the k weakest of it."""
+    loose = unprotected(keep, params, masks)
+    return loose, weakest(join(kernels_of(params, masks)), loose, k)
+
+
 def oracle(masks, weights, keep, k):
     """The dropped (layer, position) by sorting: the k weakest that no floor protects."""
     free = []
@@ -105,10 +113,10 @@ def test_the_drop_equals_a_stable_sort(data):
     k = data.draw(st.integers(0, 18))
     params = {f"Dense_{l}": {"kernel": jnp.asarray(w)} for l, w in enumerate(weights)}
     A = {f"Dense_{l}": jnp.asarray(mask) for l, mask in enumerate(masks)}
-    loose = unprotected(np.array(keep), params, A)
-    A, w = jnp.concatenate(masks), jnp.concatenate(weights)
+    loose, dropped = dropping(np.array(keep), params, A, jnp.int32(k))
+    A = jnp.concatenate(masks)
     assert int(loose.sum()) == sum(int(mask.sum()) for mask in masks) - sum(keep)
-    survivors = A & ~weakest(w, loose, jnp.int32(k))
+    survivors = A & ~dropped
     found = np.flatnonzero(np.asarray(A & ~survivors))
     start = np.cumsum([0, *sizes])
     expected = {int(start[l] + i) for l, i in oracle(masks, weights, keep, k)}

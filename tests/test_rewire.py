@@ -15,6 +15,7 @@ from jax import lax
 
 import dst
 from dst import rewire as rewire_module
+from dst.candidates import Candidates
 from dst.drop import weakest
 from dst.plan import plan
 from dst.schedules import largest_remainder
@@ -27,9 +28,9 @@ METHODS = ["set", "rigl", "gse"]
 def exchange(A, w, S, score, k, size):
     """Drop the k weakest of A, grow the k <= size best of S: (A without P, that with G)."""
     survivors = A & ~weakest(w, A, k)
-    candidates = rewire_module.Candidates(S, score, k, k, jnp.bool_(True))
+    found = Candidates(S, score, k, k, jnp.bool_(True))
     network = types.SimpleNamespace(possible=A.size)
-    return survivors, survivors | rewire_module.grown(network, candidates, k, size, None)
+    return survivors, survivors | rewire_module.grown(network, found, k, size, None)
 
 
 def rewired(parts, state=None, devices=None):
