@@ -57,6 +57,7 @@ def default() -> ConfigDict:
     config.initial_sparsity = placeholder(float)  # None: granet's 0.5, else `sparsity`
     config.distribution = placeholder(str)  # 'uniform' (paper), 'er', 'er_unfolded' or 'erk'
     config.heuristic = placeholder(str)  # 'uniform', 'grabo' (gse's), 'synflow' or 'graest'
+    config.init_gain = 2.0  # variance of a new weight x fan-in: He's 2; dense VGG-16 needs 1
     config.growth_memory = "dense"  # of rigl: 'streamed' never holds more than a block of it
     config.drop_fraction = placeholder(float)  # |P| / |A| at step 0, 0.2; annealed by a cosine
     config.layer_floor = 0.0  # share of its first connections a layer always keeps; 0: the paper's
@@ -143,6 +144,7 @@ _RULES: dict[str, Rule] = {
     "initial_sparsity": _SPARSITY,
     "distribution": choice("uniform", "er", "er_unfolded", "erk"),
     "heuristic": choice("uniform", "grabo", "synflow", "graest"),
+    "init_gain": number(lambda v: v > 0, "> 0"),
     "growth_memory": choice("dense", "streamed"),
     "drop_fraction": number(lambda v: 0 <= v <= 1, "in [0, 1]"),
     "layer_floor": number(lambda v: 0 <= v < 1, "in [0, 1)"),

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dst.config import ConfigError, Rule, check_field, check_value, choice, number
+from dst.config import ConfigError, Rule, check_field, check_value, choice
 
 
 class Method(NamedTuple):
@@ -122,7 +122,7 @@ ROWS: dict[str, dict] = {
 RULES: dict[str, Rule | str] = {
     "initial": "initial_sparsity",
     "distribution": "distribution",
-    "gain": number(lambda v: v > 0, "> 0"),
+    "gain": "init_gain",
     "before": choice("", "snip", "grasp", "grasp_abs", "synflow"),
     "temperature": "grasp_temperature",
     "iterations": "rewire_every",

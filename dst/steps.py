@@ -73,6 +73,7 @@ def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
         config.method,
         config.sparsity,
         **own,
+        gain=config.init_gain,
         growth_memory=config.growth_memory,
         floor=config.layer_floor,
         end=round(config.rewire_end_epoch * steps_per_epoch),

@@ -77,9 +77,10 @@ def test_the_configuration_gives_every_field():
         heuristic="synflow", sparsity=0.5, distribution="erk", drop_fraction=0.3, layer_floor=0.1,
         rewire_every=11, rewire_end_epoch=5.0, subset_ratio=3.0, sampling_rounds=4,
         track_explored=True, grasp_temperature=7.0, initial_sparsity=0.25,
+        init_gain=1.5,
     )  # fmt: skip
     assert method_of(resolve(config), 100) == Method(
-        name="gse", sparsity=0.5, initial=0.25, distribution="erk", temperature=7.0,
+        name="gse", sparsity=0.5, initial=0.25, distribution="erk", gain=1.5, temperature=7.0,
         drop="magnitude", score="gradient", heuristic="synflow", drop_fraction=0.3, floor=0.1,
         every=11, end=500, subset_ratio=3.0, rounds=4, explored=True,
     )  # fmt: skip
