@@ -73,8 +73,8 @@ def cell(result: Finished) -> tuple:
 
 def share(result: Finished) -> float:
     """|S| / |W| at the first rewire, in %: the axis of the paper's figure."""
-    first = next(event for event in result.events if event["event"] == "rewire")
-    return 100 * first["subset_realised"] / sum(result.end["possible"].values())
+    sizes = [event["subset_realised"] for event in result.events if event["event"] == "rewire"]
+    return 100 * (sizes[0] if sizes else 0) / sum(result.end["possible"].values())
 
 
 def table(options: argparse.Namespace, results: list[Finished]) -> str:

@@ -27,15 +27,17 @@ def arguments(parser: argparse.ArgumentParser, methods: tuple[str, ...]) -> None
     parser.add_argument("--methods", nargs="+", choices=config.METHODS, default=list(methods))
 
 
-def own(scale: str, model: str, method: str) -> dict[str, Any]:
+def own(scale: str, setting: tuple[str, str], method: str) -> dict[str, Any]:
     """What a row has of its own beside its name."""
     fields: dict[str, Any] = {}
-    if model == "vgg" and method in FROM_DENSE:
+    if setting[1] == "vgg" and method in FROM_DENSE:
         fields["init_gain"] = 1.0  # He's 2 dies within five steps at learning rate 0.1
     if scale == "short" and method in ("grasp", "grasp_abs"):
         fields["score_batches"] = 100  # of 391: scoring would take longer than training
     if method == "deepr":
         fields["l1"] = 1e-5
+    if method == "itop":  # explores to the last epoch
+        fields["rewire_end_epoch"] = float(run_of(scale, setting, 0).config().epochs)
     return fields
 
 
@@ -44,7 +46,7 @@ def runs(options: argparse.Namespace) -> Iterator[Run]:
     for setting in options.settings:
         for method in options.methods:
             for sparsity in options.sparsities[:1] if method == "dense" else options.sparsities:
-                fields = own(options.scale, setting[1], method)
+                fields = own(options.scale, setting, method)
                 fields |= {} if method == "dense" else {"sparsity": sparsity}
                 for seed in options.seeds:
                     yield run_of(options.scale, setting, seed, method=method, **fields)

@@ -6,12 +6,17 @@ K = |W(1.0)| to the connection at every width; the paper prints sparsities round
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from dst import models
 from experiments import paper, sweep
-from experiments.cost import network_of
+from experiments.cost import DATA, configured
 from experiments.runs import Finished, Run
 from experiments.scales import run_of
 from experiments.tables import (
@@ -34,10 +39,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def possible(run: Run) -> int:
-    """|W| of the run's network."""
+    """|W| of the run's network: all its kernels."""
     config = run.config()
-    fields = (config.dataset, config.model, config.depth, config.width, config.hidden)
-    return network_of(*fields).possible
+    return count(config.dataset, config.model, config.depth, config.width, config.hidden)
+
+
+@functools.cache
+def count(dataset: str, model: str, depth: int, width: float, hidden: tuple[int, ...]) -> int:
+    """Weights of all kernels of a network, from shapes alone."""
+    config = configured(dataset=dataset, model=model, depth=depth, width=width, hidden=hidden)
+    shape, classes = DATA[dataset]
+    init = functools.partial(models.build(config, classes).init, train=False)
+    made = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+    leaves = jax.tree.leaves_with_path(made["params"])
+    return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
 
 
 def runs(options: argparse.Namespace) -> Iterator[Run]:
