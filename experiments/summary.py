@@ -1,6 +1,6 @@
 """The committed runs as a Markdown table, for the README.
 
-python experiments/summary.py [FOLDER ...]      (default: all of experiments/results but COMPARED)
+python experiments/summary.py [FOLDER ...]      (default: all of experiments/results)
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 from dst.log import read
 
 RESULTS = Path(__file__).parent / "results"
-COMPARED = "cifar100_vgg16_methods"  # has a table of its own, experiments/compare.py
 HEADER = """\
 | data set | network | execution | method | sparsity | epochs | seed | test accuracy | log |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
@@ -41,9 +40,4 @@ def table(folders: list[Path]) -> str:
 
 if __name__ == "__main__":
     named = [Path(folder).resolve() for folder in sys.argv[1:]]
-    print(
-        table(
-            named
-            or sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name != COMPARED)
-        )
-    )
+    print(table(named or sorted(path for path in RESULTS.iterdir() if path.is_dir())))

@@ -236,16 +236,23 @@ exec {shlex.quote(sys.executable)} -m experiments.{experiment.name} {again} \\
 """
 
 
-def collect(experiment: Experiment, options: argparse.Namespace, runs: list[Run]) -> None:
+def results(experiment: Experiment, arguments: list[str]) -> tuple[Any, list[Finished]]:
+    """The options of a command line and what is finished of its runs, for notebooks."""
+    options = parse(experiment, arguments)
+    runs = expand(experiment, options)
+    return options, [result for run in runs if (result := finished(run, options.out))]
+
+
+def collect(experiment: Experiment, arguments: list[str]) -> None:
     """Prints the table of what is finished, if anything; writes it and the figure into --out."""
-    results = [result for run in runs if (result := finished(run, options.out))]
-    if not results:
+    options, found = results(experiment, arguments)
+    if not found:
         return
-    table = experiment.table(options, results)
+    table = experiment.table(options, found)
     print(table)
     path = options.out / f"{experiment.name}-{options.scale}"
     path.with_suffix(".md").write_text(table + "\n")
-    experiment.figure(options, results).savefig(path.with_suffix(".png"))
+    experiment.figure(options, found).savefig(path.with_suffix(".png"))
 
 
 def main(experiment: Experiment, arguments: list[str] | None = None) -> int:
@@ -265,7 +272,7 @@ def main(experiment: Experiment, arguments: list[str] | None = None) -> int:
         if options.task is not None:
             return go(experiment, options, [runs[options.task]])
         code = 0 if options.collect else go(experiment, options, runs)
-        collect(experiment, options, runs)
+        collect(experiment, arguments)
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

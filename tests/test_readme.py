@@ -1,13 +1,18 @@
 """The README's example is run to the letter."""
 
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
+
+from experiments import sweep
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -48,15 +53,17 @@ def test_the_results_are_those_of_the_committed_logs():
     assert table and table[1] == done.stdout.strip()
 
 
-def test_the_comparison_is_that_of_the_committed_logs():
-    """What `experiments.compare` prints of all methods."""
-    folder = "experiments/results/cifar100_vgg16_methods"
-    command = [sys.executable, "-m", "experiments.compare", folder]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-    marker = rf"<!-- python -m experiments.compare {folder} -->\n(.*?)\n<!--"
-    table = re.search(marker, README, re.DOTALL)
-    assert table and table[1] == done.stdout.strip()
+MARKED = r"<!-- python -m experiments.(\w+) (.*?) -->\n(.*?)\n<!--"
+EXPERIMENTS = re.findall(MARKED, README, re.DOTALL)
+
+
+@pytest.mark.parametrize(("name", "arguments", "table"), EXPERIMENTS)
+def test_the_tables_are_those_of_the_committed_logs(name, arguments, table, monkeypatch):
+    """What the command over each table prints."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    options, results = sweep.results(experiment, shlex.split(arguments))
+    assert results and experiment.table(options, results) == table
 
 
 def test_the_savings_are_those_of_the_committed_benchmarks():
