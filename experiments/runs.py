@@ -58,7 +58,7 @@ class Run(NamedTuple):
     def command(self, out: Path) -> list[str]:
         """What runs it, or resumes it, from the project's folder."""
         fields = (*self.overrides, ("seed", self.seed))
-        flags = [f"--config.{field}={_text(value)}" for field, value in fields]
+        flags = [flag(field, value) for field, value in fields]
         workdir = f"--workdir={out / self.folder}"
         return [sys.executable, "-m", "dst.main", f"--config={self.base}", *flags, workdir]
 
@@ -91,14 +91,17 @@ def folder_of(config: ConfigDict) -> str:
 
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The fields that make a run what it is, seed excluded: those that differ from the defaults."""
-    usual = default()
-    usual.method = config.method
-    usual = resolve(usual)
-    ignored = {"seed", *OPERATIONAL, *_ignored(config)}
+    return {**differing(config, default()), "method": config.method}
+
+
+def differing(config: ConfigDict, base: ConfigDict) -> dict[str, Any]:
+    """Fields that count, seed excluded, and that `base` with the same method has not."""
+    base = base.copy_and_resolve_references()
+    base.method = config.method
+    usual = resolve(base)
+    ignored = {"seed", "method", *OPERATIONAL, *_ignored(config)}
     fields = {f: (_plain(v), _plain(usual[f])) for f, v in config.items() if f not in ignored}
-    return {f: value for f, (value, usually) in fields.items() if value != usually} | {
-        "method": config.method
-    }
+    return {f: value for f, (value, usually) in fields.items() if value != usually}
 
 
 def _ignored(config: ConfigDict) -> set[str]:
@@ -129,9 +132,10 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _text(value: Any) -> str:
-    """A value as the command line wants it."""
-    return value if isinstance(value, str) else repr(value).replace(" ", "")
+def flag(field: str, value: Any) -> str:
+    """A field and its value as the command line wants them."""
+    text = value if isinstance(value, str) else repr(value).replace(" ", "")
+    return f"--config.{field}={text}"
 
 
 def override(argument: str) -> tuple[str, Any]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import sweep
+from experiments import provenance, sweep
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -64,6 +64,13 @@ def test_the_tables_are_those_of_the_committed_logs(name, arguments, table, monk
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
     options, results = sweep.results(experiment, shlex.split(arguments))
     assert results and experiment.table(options, results) == table
+
+
+def test_it_is_told_how_each_run_was_made():
+    """Every committed log, its command, seeds, machine and revision."""
+    text = (Path(__file__).parents[1] / "experiments/results/README.md").read_text()
+    table = re.search(r"<!-- python -m experiments.provenance -->\n(.*?)\n<!--", text, re.DOTALL)
+    assert table and table[1] == provenance.table()
 
 
 def test_the_savings_are_those_of_the_committed_benchmarks():
