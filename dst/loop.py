@@ -75,7 +75,7 @@ def loop(run: Parts, state: SparseState) -> tuple[SparseState, bool]:
             if run.looped:
                 jax.block_until_ready(metrics)
             slow = time.monotonic() - begin >= SECONDS_PER_DISPATCH / 2
-            # Asked once: a later signal is served after the next update.
+            # Asked once, of all processes: a later signal is served after the next update.
             stopping, slow = hosts.any_of(bool(stop), slow)
             # A single step is read while the next one runs, unless something follows right now.
             step += n
