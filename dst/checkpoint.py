@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dst import hosts
 from dst.config import ConfigError
 
 Leaves = dict[str, np.ndarray]  # path in the state -> host array; of a typed key its key data
@@ -37,21 +38,37 @@ class Unreadable(RuntimeError):
 
 
 def open_manager(workdir: str | os.PathLike, keep: int) -> ocp.CheckpointManager:
-    """The manager of `<workdir>/checkpoints`: synchronous saves, the `keep` newest are kept."""
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        enable_async_checkpointing=False,  # when `save` returns, the checkpoint is committed
-        cleanup_tmp_directories=True,  # of saves that were killed
-    )
+    """The manager of `<workdir>/checkpoints`: synchronous saves, the `keep` newest are kept.
+
+    Of several processes the first alone writes, the others' managers only read.
+    """
+    folder, here = Path(workdir).resolve() / "checkpoints", jax.process_index()
+    folder.mkdir(parents=True, exist_ok=True)
     with _quiet():
-        return ocp.CheckpointManager(
-            Path(workdir).resolve() / "checkpoints", item_names=("state", "note"), options=options
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=False,
+            enable_async_checkpointing=False,  # when `save` returns, the checkpoint is committed
+            cleanup_tmp_directories=True,  # of saves that were killed
+            read_only=not hosts.is_first(),
+            # Each process for itself, or Orbax would wait for all of them.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=here, active_processes={here}
+            ),
         )
+        return ocp.CheckpointManager(folder, item_names=("state", "note"), options=options)
+
+
+def newest(manager: ocp.CheckpointManager) -> int | None:
+    """The step of the newest checkpoint, whichever process saved it."""
+    with _quiet():
+        manager.reload()
+    return manager.latest_step()
 
 
 def save(manager: ocp.CheckpointManager, state: Any, record: Mapping[str, Any]) -> None:
     """Commits `state` (any pytree of arrays with a `step`) and the JSON `record`
-    (with its "config") at `state.step`.
+    (with its "config") at `state.step`, if this is the first process.
 
     Errors: `NotFinite` before anything is written; ValueError at a step older than the newest one.
     """
@@ -59,6 +76,8 @@ def save(manager: ocp.CheckpointManager, state: Any, record: Mapping[str, Any]) 
     for path, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
             raise NotFinite(f"{path} holds NaN or infinity at step {int(state.step)}; not saved.")
+    if not hosts.is_first():
+        return
     step = int(state.step)
     note = {"sha256": _digest(leaves), "leaves": _describe(state), "record": dict(record)}
     note = json.loads(json.dumps(note))  # as it will be read: tuples become lists
@@ -94,8 +113,9 @@ def restore(
             _refuse_another_run(manager, step, note, like, config)
             leaves = _read_leaves(manager, step, note, like)
             if leaves is not None:
-                for damaged in steps[:i]:  # or they would stand in the way of later saves
-                    manager.delete(damaged)
+                with _quiet():  # what the first process deletes the others are told to skip
+                    for damaged in steps[:i]:  # or they would stand in the way of later saves
+                        manager.delete(damaged)
                 return _rebuild(like, leaves), note["record"]
         if step != steps[-1]:
             say(f"The checkpoint of step {step} is damaged; taking that of step {steps[i + 1]}.")

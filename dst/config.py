@@ -87,7 +87,7 @@ def default() -> ConfigDict:
     config.eval_batch_size = 500  # test images a step, over all devices together
     config.checkpoint_every = 1000  # steps between two checkpoints
     config.checkpoints_kept = 2  # at least 2, so that a damaged one can be skipped
-    config.devices = 0  # local devices to use; 0: all
+    config.devices = 0  # local devices to use, in each process if there are several; 0: all
     return config.lock()
 
 
@@ -105,7 +105,8 @@ def choice(*names: str) -> Rule:
     return lambda v: isinstance(v, str) and v in names, allowed
 
 
-def _integer(low: int, high: float = math.inf) -> Rule:
+def integer(low: int, high: float = math.inf) -> Rule:
+    """An integer from `low` to `high`."""
     allowed = f"an integer >= {low}" if high == math.inf else f"an integer from {low} to {high}"
     return lambda v: _is_int(v) and low <= v <= high, allowed
 
@@ -131,7 +132,7 @@ _SPARSITY = number(lambda v: 0 <= v < 1, "in [0, 1)")
 _RULES: dict[str, Rule] = {
     "dataset": choice(*TRAIN_IMAGES),
     "data_dir": (lambda v: isinstance(v, str), "the path of a folder, as a string"),
-    "validation_size": _integer(0),
+    "validation_size": integer(0),
     "model": choice("mlp", "resnet", "vgg"),
     "depth": (lambda v: _is_int(v) and v >= 8 and v % 6 == 2, "6n+2 with n >= 1 (8, 14, ... 56)"),
     # Both networks start with 16 channels.
@@ -148,20 +149,20 @@ _RULES: dict[str, Rule] = {
     "growth_memory": choice("dense", "streamed"),
     "drop_fraction": number(lambda v: 0 <= v <= 1, "in [0, 1]"),
     "layer_floor": number(lambda v: 0 <= v < 1, "in [0, 1)"),
-    "rewire_every": _integer(1),
+    "rewire_every": integer(1),
     "rewire_end_epoch": number(lambda v: v > 0, "> 0"),
     "subset_ratio": number(lambda v: v >= 1, ">= 1"),
-    "sampling_rounds": _integer(1),
+    "sampling_rounds": integer(1),
     "track_explored": (lambda v: isinstance(v, bool), "True or False"),
     "grasp_temperature": number(lambda v: v > 0, "> 0"),
-    "score_batches": _integer(0),
+    "score_batches": integer(0),
     "lottery_levels": _tuple(
         lambda v: _is_number(v) and 0 <= v < 1,
         lambda v: all(a < b for a, b in pairwise(v)),
         "a tuple of increasing numbers in [0, 1)",
     ),
-    "epochs": _integer(1),
-    "batch_size": _integer(1),
+    "epochs": integer(1),
+    "batch_size": integer(1),
     "learning_rate": number(lambda v: v > 0, "> 0"),
     "lr_drop_epochs": _tuple(
         lambda i: _is_number(i) and i > 0,
@@ -172,13 +173,13 @@ _RULES: dict[str, Rule] = {
     "momentum": number(lambda v: 0 <= v < 1, "in [0, 1)"),
     "weight_decay": number(lambda v: v >= 0, ">= 0"),
     "l1": number(lambda v: v >= 0, ">= 0"),
-    "patience": _integer(0),
-    "seed": _integer(0, 2**32 - 1),
-    "eval_every": _integer(1),
-    "eval_batch_size": _integer(1),
-    "checkpoint_every": _integer(1),
-    "checkpoints_kept": _integer(2),
-    "devices": _integer(0),
+    "patience": integer(0),
+    "seed": integer(0, 2**32 - 1),
+    "eval_every": integer(1),
+    "eval_batch_size": integer(1),
+    "checkpoint_every": integer(1),
+    "checkpoints_kept": integer(2),
+    "devices": integer(0),
 }
 
 
@@ -257,14 +258,17 @@ def validate(config: ConfigDict) -> None:
         )
 
 
-def check_devices(config: ConfigDict, available: int) -> int:
-    """How many of the `available` devices to use; `ConfigError` if the batch does not split."""
+def check_devices(config: ConfigDict, available: int, processes: int = 1) -> int:
+    """How many of its `available` devices a process uses. Errors: too few; batch not divisible."""
     count = config.devices or available
     if count > available:
-        raise ConfigError(f"devices must be at most {available}, all there are, not {count}.")
-    if config.batch_size % count:
+        each = "all there are" if processes == 1 else f"all that each of {processes} processes has"
+        raise ConfigError(f"devices must be at most {available}, {each}, not {count}.")
+    if config.batch_size % (count * processes):
+        total = f"{count * processes}" + (f" in {processes} processes" if processes > 1 else "")
         raise ConfigError(
-            f"batch_size must be divisible by the number of devices, {count}, "
-            f"not {config.batch_size} (--config.devices=1 uses one)."
+            f"batch_size must be divisible by the number of devices, {total}, "
+            f"not {config.batch_size} (--config.devices=1 uses one"
+            f"{' of each process' if processes > 1 else ''})."
         )
     return count

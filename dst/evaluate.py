@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dst import data
+from dst import data, hosts
 from dst.execution import forward
 from dst.network import Network
 from dst.state import SparseState
@@ -42,7 +42,7 @@ def make_evaluate(
         return jax.lax.psum(sums, AXIS)
 
     step = parallel(body, (None, None, None, None, None, 0), devices)
-    index = np.arange(len(devices))
+    index = hosts.own(devices)
 
     def evaluate(state: SparseState) -> dict[str, float]:
         network = state.params, state.masks, state.batch_stats

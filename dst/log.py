@@ -27,6 +27,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from dst import hosts
 from dst.checkpoint import first_difference
 from dst.config import ConfigError
 
@@ -52,6 +53,13 @@ class Log:
             if isinstance(value, int | float) and name != "step":
                 self._tensorboard.add_scalar(f"{event}/{name}", value, line["step"])
         self._tensorboard.flush()
+
+
+@contextmanager
+def no_log() -> Iterator[Log]:
+    """A log that goes nowhere, for the processes that do not write."""
+    with open(os.devnull, "w") as file, SummaryWriter(write_to_disk=False) as tensorboard:
+        yield Log(file, tensorboard)
 
 
 @contextmanager
@@ -114,7 +122,7 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
         "devices": {
             "platform": device.platform,
             "kind": device.device_kind,
-            "count": jax.local_device_count(),
+            "count": jax.device_count(),
             "cpu_cores": os.cpu_count(),
         },
         "git_revision": _git_revision(),
@@ -161,6 +169,7 @@ def progress(total: int | None, step: int, unit: str = "step") -> Bar:
         mininterval=0.2 if tty else 10,
         dynamic_ncols=tty,
         leave=tty,
+        disable=not hosts.is_first(),
         bar_format="{percentage:3.0f}% |{bar}| " + form if tty else "{percentage:3.0f}% " + form,
     )
 
@@ -183,8 +192,9 @@ def scoring() -> Iterator[Callable[[int, int | None], None]]:
 
 
 def say(sentence: str) -> None:
-    """One line on stderr, above the bar if there is one."""
-    (Bar.write if sys.stderr.isatty() else print)(sentence, file=sys.stderr)
+    """One line on stderr, above the bar if there is one; of several processes the first says it."""
+    if hosts.is_first():
+        (Bar.write if sys.stderr.isatty() else print)(sentence, file=sys.stderr)
 
 
 # Plot.

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dst import cost, log
+from dst import cost, hosts, log
 from dst.methods import Method
 from dst.network import Network
 from dst.plan import due, until_due
@@ -72,15 +72,19 @@ def loop(run: Parts, state: SparseState) -> tuple[SparseState, bool]:
             n = min(until_event(run, step), budget)
             begin = time.monotonic()
             state, metrics = run.steps.update(state, run.resident(step // run.per_epoch), n)
+            if run.looped:
+                jax.block_until_ready(metrics)
+            slow = time.monotonic() - begin >= SECONDS_PER_DISPATCH / 2
+            # Asked once, of all processes: a later signal is served after the next update.
+            stopping, slow = hosts.any_of(bool(stop), slow)
             # A single step is read while the next one runs, unless something follows right now.
             step += n
-            stopping = bool(stop)  # asked once: a later signal is served after the next update
             event = until_event(run, step - 1) == 1 or stopping
             shown |= check(previous, step - n)
             previous = metrics if not (run.looped or event) else None
             if previous is None:
                 shown |= check(metrics, step)
-            if run.looped and time.monotonic() - begin < SECONDS_PER_DISPATCH / 2:
+            if run.looped and not slow:
                 budget *= 2
             bar.show(step, **shown)
 
@@ -214,6 +218,8 @@ def cost_of(run: Parts, step: int) -> dict[str, float]:
 def end(run: Parts, state: SparseState, step: int) -> None:
     """The last line of the log."""
     test = {f"test_{name}": value for name, value in run.evaluate(state).items()}
+    if not hosts.is_first():  # its log is the only one, and tells the cost
+        return
     active = jax.device_get(active_counts(state.masks))
     early = step < run.total
     run.writer.write(

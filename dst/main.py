@@ -7,6 +7,10 @@
   --workdir       logs and checkpoints, by default runs/<name of the config file>; the same
                   command again resumes the run in it
 
+One run on several hosts, started in each of them, with a --workdir that all of them see:
+  --coordinator=HOST:PORT --processes=N --process=I   the address of process 0; I from 0 to N - 1
+  --distributed                                       instead, where JAX recognises the cluster
+
 Exit code: 0 finished, or saved and stopped by SIGTERM or Ctrl-C; 1 had to stop; 2 bad input.
 """
 
@@ -18,15 +22,18 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from dst import launch
 from dst.config import ConfigError, check_field, check_name, load, validate
 from dst.methods import resolve
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
-    """Command line (program name first) to (valid config, writable folder), or `ConfigError`."""
+def parse(argv: list[str]) -> tuple[ConfigDict, Path, launch.Place | None]:
+    """Command line (program name first) to (valid config, writable folder, place of this process
+    among several), or `ConfigError`."""
     values = flags.FlagValues()  # not absl's global ones, which hold twenty flags of its own
     flags.DEFINE_string("config", None, "", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
+    launch.define(values)
     try:
         rest = values(argv, known_only=True)
         path, config = values.config, load(values.config)
@@ -36,20 +43,22 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path]:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
         stray = values(rest)[1:]
     except flags.IllegalFlagValueError as error:  # text where a number must be
-        check_field(*re.findall(r"^flag --config\.(\w+)=(.*?): ", str(error), re.DOTALL)[0])
-        raise
+        for found in re.findall(r"^flag --config\.(\w+)=(.*?): ", str(error), re.DOTALL):
+            check_field(*found)
+        raise ConfigError(f"{error}.") from error
     except flags.Error as error:
         raise ConfigError(str(error)) from error
     if stray:
         raise ConfigError(f"There must be nothing but flags (--name=value), not {stray[0]!r}.")
     validate(config)
+    place = launch.place(values)
     workdir = Path(values.workdir or f"runs/{Path(path).stem}")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
         raise ConfigError(f"Cannot write into --workdir={workdir}: {error.strerror}.") from error
-    return resolve(config), workdir
+    return resolve(config), workdir, place
 
 
 def main(argv: list[str]) -> int:
@@ -58,14 +67,15 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        config, workdir = parse(argv)
+        config, workdir, place = parse(argv)
         from dst.loop import Stopped  # takes seconds: not before the flags are right
         from dst.train import train  # takes seconds: not before the flags are right
 
-        try:
-            train(config, workdir)
-        except Stopped as error:
-            return complain(error, 1)
+        with launch.joined(place):
+            try:
+                train(config, workdir)
+            except Stopped as error:
+                return complain(error, 1)
     except ConfigError as error:
         return complain(error, 2)
     return 0

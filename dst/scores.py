@@ -26,6 +26,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from dst import hosts
 from dst.config import ConfigError
 from dst.heuristics import NOTHING, check_flow, check_inputs, total_flow, without_dropout
 from dst.masks import active_count, strongest
@@ -180,7 +181,7 @@ def mean_on_devices(
     done = itertools.count(1)
 
     def each() -> Iterator[Any]:
-        for batch in whole(batches, len(devices or jax.local_devices())):
+        for batch in whole(batches, len(devices or hosts.devices())):
             yield batch
             if show:
                 show(next(done), total)

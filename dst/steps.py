@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dst import data
+from dst import data, hosts
 from dst.methods import OWN, Method, method
 from dst.network import Network
 from dst.rewire import host_heuristic, rewire_body
@@ -159,7 +158,7 @@ def make_steps(
         go_on = lambda carry: (carry[0] < n) & carry[2]["finite"]  # noqa: E731
         return jax.lax.while_loop(go_on, body, (jnp.int32(0), state, metrics))[1:]
 
-    index = np.arange(len(devices))
+    index = hosts.own(devices)
     if looped(devices):
         update_all = parallel(many_updates, (None, None, None, 0), devices, donate=(0,))
         update = lambda state, resident, n: update_all(state, resident, n, index)  # noqa: E731

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from dst import checkpoint, data, log, models, steps
-from dst.config import check_devices
+from dst import checkpoint, data, hosts, log, models, steps
+from dst.config import ConfigError, check_devices
 from dst.evaluate import make_evaluate
 from dst.loop import Parts, Stopped, loop
 from dst.lottery import levels, ticket, winning
@@ -38,8 +38,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """Run `config` in `workdir`, from its newest checkpoint if there is one.
 
     Lottery's rounds before the last lie in `workdir/rounds`, each a run of its own.
-    Errors: ConfigError (bad input, another run's workdir), Stopped (NaN, every checkpoint damaged).
+    Errors: ConfigError (bad input, another run's workdir, processes that differ), Stopped (NaN,
+    every checkpoint damaged).
     """
+    check_alike(config)
     if config.method != "lottery":
         run_once(config, workdir)
         return
@@ -62,6 +64,30 @@ def train(config: ConfigDict, workdir: Path) -> None:
             rounds.append({"event": "round", "step": steps_before, "active": left})
 
 
+def check_alike(config: ConfigDict) -> None:
+    """Errors: ConfigError in every process if their configs differ."""
+    first, *others = hosts.gather(config.to_dict())
+    for process, other in enumerate(others, 1):
+        difference = checkpoint.first_difference(first, other)
+        if difference:
+            field, was, now = difference
+            raise ConfigError(
+                f"All processes must have the same config; {field} is {was!r} in process 0 and "
+                f"{now!r} in process {process}."
+            )
+
+
+def check_step(step: int, workdir: Path) -> None:
+    """Errors: ConfigError in every process if they have not restored the same step (-1: none)."""
+    steps = hosts.gather(step)
+    if len(set(steps)) > 1:
+        found = ", ".join("none" if step < 0 else f"step {step}" for step in steps)
+        raise ConfigError(
+            f"All processes must see the same --workdir, {workdir} here; their newest checkpoints "
+            f"differ: {found}."
+        )
+
+
 class Built(NamedTuple):
     """What a run is made of, before anything is restored."""
 
@@ -77,7 +103,7 @@ class Built(NamedTuple):
 
 def build(config: ConfigDict, masks: Masks | None) -> Built:
     """Data, network, method, optimizer and the first state, with `masks` a Lottery ticket."""
-    devices = jax.local_devices()[: check_devices(config, jax.local_device_count())]
+    devices = hosts.devices(check_devices(config, jax.local_device_count(), jax.process_count()))
     dataset = data.load(config.dataset, config.data_dir, config.validation_size)
     example = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
     model = models.build(config, dataset.num_classes)
@@ -99,26 +125,31 @@ def run_once(
 
     The network, its last state, and whether the run is over.
     """
-    log.refuse_another_run(workdir, config.to_dict())
-    header = log.header(config.to_dict())
-    if config.execution == "sparse":
-        header["tier"] = tier()
-        log.say(f"Sparse execution: {header['tier']}.")
-    built = build(config, masks)
-    manager = checkpoint.open_manager(workdir, config.checkpoints_kept)
-    restored = restore(manager, built.state, config, workdir)
+    with hosts.in_step():
+        log.refuse_another_run(workdir, config.to_dict())
+        header = log.header(config.to_dict())
+        if config.execution == "sparse":
+            header["tier"] = tier()
+            log.say(f"Sparse execution: {header['tier']}.")
+        built = build(config, masks)
+        manager = checkpoint.open_manager(workdir, config.checkpoints_kept)
+        restored = restore(manager, built.state, config, workdir)
     state = built.state if restored is None else restored
-    with log.open_log(workdir, header, -1 if restored is None else int(state.step)) as writer:
+    step = -1 if restored is None else int(state.step)
+    check_step(step, workdir)
+    opened = log.open_log(workdir, header, step) if hosts.is_first() else log.no_log()
+    with opened as writer:
         run = parts(config, workdir, built, manager, writer, rounds)
         try:
             if built.method.before and restored is None:
                 state = replicate(prune_first(run, built), built.devices)
             state, done = loop(run, state)
         except ArithmeticError as error:
-            newest = manager.latest_step()
+            newest = checkpoint.newest(manager)
             kept = "no checkpoint was saved" if newest is None else f"the last good one is {newest}"
             raise Stopped(f"{error}; {kept} (a lower learning_rate may help).") from error
-    log.plot(workdir)
+    if hosts.is_first():
+        log.plot(workdir)
     return built.net, state, done
 
 

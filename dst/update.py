@@ -12,6 +12,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dst import hosts
 from dst.config import ConfigError
 from dst.execution import forward
 from dst.moments import recognise, reset_inactive
@@ -37,13 +38,16 @@ def stream(state: SparseState, purpose: int) -> Array:
 def parallel(f: Callable, in_axes: Any, devices: list | None = None, donate: tuple[int, ...] = ()):
     """`f` on every device: arguments split where `in_axes` is 0, replicated where it is None.
 
+    With several processes `devices` are those of all, but arguments and results stay in a process:
+    it gives the part of a split one that belongs to its own devices, as `split_batch` does.
+
     What `f` returns must be equal on all devices (averaged inside with pmean or psum): the state
     has no device axis, and is the same pytree on 1 and on N devices.
     """
     mapped = jax.pmap(
         f, axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices, donate_argnums=donate
     )
-    devices = devices or jax.local_devices()
+    devices = devices or hosts.devices()
     if devices[0].platform != "cpu" or len(devices) == 1:
         return mapped
     # Several calls in flight deadlock in the thread pool that virtual CPU devices share.
@@ -51,21 +55,24 @@ def parallel(f: Callable, in_axes: Any, devices: list | None = None, donate: tup
 
 
 def replicate(tree: Any, devices: list | None = None) -> Any:
-    """`tree` on every device, laid out as `parallel` returns it (so nothing compiles twice)."""
-    mesh = Mesh(np.asarray(devices or jax.local_devices()), (AXIS,))
+    """`tree` on every device of this process, as `parallel` returns it: nothing compiles twice."""
+    devices = devices or hosts.devices()
+    mesh = Mesh(np.asarray([devices[i] for i in hosts.own(devices)]), (AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def split_batch(batch: Any, devices: list | None = None) -> Any:
-    """Leaves (B, ...) -> (D, B / D, ...). Errors: B not divisible by the D devices."""
-    count = len(devices or jax.local_devices())
+    """Leaves (B, ...) -> this process's rows of (D, B / D, ...). Errors: D does not divide B."""
+    devices = devices or hosts.devices()
+    count, own = len(devices), hosts.own(devices)
 
     def split(leaf):
         if leaf.shape[0] % count:
             raise ConfigError(
                 f"batch_size is {leaf.shape[0]}; allowed are multiples of the {count} devices."
             )
-        return jnp.reshape(leaf, (count, leaf.shape[0] // count, *leaf.shape[1:]))
+        rows = jnp.reshape(leaf, (count, leaf.shape[0] // count, *leaf.shape[1:]))
+        return rows if len(own) == count else rows[own]
 
     return jax.tree.map(split, batch)
 

@@ -144,6 +144,11 @@ def test_devices():
         config_lib.check_devices(changed(devices=8), 4)
     with pytest.raises(ConfigError, match=r"batch_size must be divisible by .* 4, not 126 "):
         config_lib.check_devices(changed(batch_size=126), 4)
+    assert config_lib.check_devices(changed(devices=3, batch_size=12), 4, processes=2) == 3
+    with pytest.raises(ConfigError, match=r"at most 4, all that each of 2 processes has, not 8\."):
+        config_lib.check_devices(changed(devices=8), 4, processes=2)
+    with pytest.raises(ConfigError, match=r"devices, 8 in 2 processes, not 12 .* of each process"):
+        config_lib.check_devices(changed(batch_size=12), 4, processes=2)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -33,6 +33,7 @@ def runs(monkeypatch, tmp_path):
     return calls
 
 
+AT, PLACE = "--coordinator=localhost:4000", ["--processes=2", "--process=0"]
 BAD_FLAGS = [
     ([], "--config must name a file such as configs/digits_mlp.py", "missing"),
     (
@@ -64,6 +65,17 @@ BAD_FLAGS = [
     ([DIGITS, "stray"], "not 'stray'"),
     ([DIGITS, "--", "--config.epochs=3"], "not '--config.epochs=3'"),
     ([DIGITS, "--flagfile=nope"], "nope"),
+    ([DIGITS, "--processes=2", "--process=0"], "--processes also needs --coordinator; it is miss"),
+    ([DIGITS, "--coordinator=a:1", "--processes=2"], "--coordinator also needs --process; it is"),
+    ([DIGITS, "--coordinator=", *PLACE], "--coordinator must be HOST:PORT", "not ''"),
+    ([DIGITS, "--coordinator=host", *PLACE], "must be HOST:PORT of process 0, not 'host'"),
+    ([DIGITS, "--coordinator=host:70000", *PLACE], "must be HOST:PORT", "not 'host:70000'"),
+    ([DIGITS, *PLACE, AT, "--processes=0"], "--processes must be an integer >= 1, not 0."),
+    ([DIGITS, *PLACE, AT, "--processes=two"], "--processes must be an integer >= 1, not 'two'."),
+    ([DIGITS, *PLACE, AT, "--process=2"], "--process must be an integer from 0 to 1, not 2."),
+    ([DIGITS, *PLACE, AT, "--process=-1"], "--process must be an integer from 0 to 1, not -1."),
+    ([DIGITS, "--distributed", AT], "must stand without --coordinator"),
+    ([DIGITS, "--distributed=maybe"], "--distributed=maybe", "Non-boolean"),
     ([DIGITS, "--workdir=/dev/null"], "Cannot write into --workdir=/dev/null"),
     ([DIGITS, "--workdir=/dev/null/x"], "Cannot write into --workdir=/dev/null/x"),
     ([DIGITS, "--workdir=/proc/x"], "Cannot write into --workdir=/proc/x"),
