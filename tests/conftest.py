@@ -1,10 +1,19 @@
 """Four virtual CPU devices and strict broadcasting, set before JAX starts its backend.
 
-The tests compile hundreds of programs and run each for milliseconds: LLVM does not optimize them.
+The tests compile hundreds of programs and run each for milliseconds: LLVM does not optimize them,
+and what one test, worker or process that a test starts has compiled, the others find.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dst-programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax

@@ -37,16 +37,6 @@ RUN = [
 STEPS = 88
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    """What one start has compiled the next ones find."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-        yield
-
-
 def start(*args: str, devices: int = 1, sent: int = 0, at: int = -1) -> subprocess.Popen:
     """A process with so many devices of its own, to which a signal is sent at a step."""
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
