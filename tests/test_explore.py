@@ -154,12 +154,12 @@ def test_laws_of_a_rewire(name, options, tier):
 
 
 def test_set_grows_every_inactive_connection_alike():
-    """Chi-square over 600 rewires of one network: a uniform choice over all layers together."""
+    """Chi-square over 250 rewires of one network: a uniform choice over all layers together."""
     s = tiny.setup("set", execution="sparse", sparsity=0.7, drop_fraction=0.5)
     rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=ONE)
     had = structure(s.state)
     grown = {path: np.zeros(mask.shape) for path, mask in had.items()}
-    draws = 600
+    draws = 250
     for seed in range(draws):
         state, report = rewire(s.state.replace(key=jax.random.key(seed)), s.batch)
         for path, mask in structure(state).items():
@@ -170,7 +170,7 @@ def test_set_grows_every_inactive_connection_alike():
     spread = ((times - draws * share) ** 2).sum() / (draws * share * (1 - share))
     assert abs(spread - times.size) < 5 * np.sqrt(2 * times.size)
     by_layer = [grown[path][~had[path]].mean() / (draws * share) for path in had]
-    np.testing.assert_allclose(by_layer, 1, atol=0.06)
+    np.testing.assert_allclose(by_layer, 1, atol=0.09)
 
 
 def test_devices_agree_and_take_the_step_of_one():
