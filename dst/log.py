@@ -8,7 +8,6 @@ log of a run that was never interrupted.
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import json
 import math
 import os
@@ -16,7 +15,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +25,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from dst import figures
 from dst.checkpoint import first_difference
 from dst.config import ConfigError
 
@@ -192,17 +191,9 @@ def say(sentence: str) -> None:
 
 def plot(workdir: str | os.PathLike) -> Path:
     """`<workdir>/curves.png` from its `metrics.jsonl`: loss, accuracy, sparsity of each layer."""
-    with tempfile.TemporaryDirectory() as cache:
-        # Matplotlib would write its font cache into the home directory.
-        ours = os.environ.setdefault("MPLCONFIGDIR", cache) == cache
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        if ours:
-            del os.environ["MPLCONFIGDIR"]
     head, events = read(Path(workdir) / "metrics.jsonl")
     config = head["config"]
-    figure = Figure(figsize=(12, 8.5), dpi=120, layout="constrained")
+    figure = figures.figure(12, 8.5)
     title = [config.get(k) for k in ("dataset", "model", "method", "heuristic")]
     if config.get("method") != "gse":
         title.pop()
@@ -211,10 +202,8 @@ def plot(workdir: str | os.PathLike) -> Path:
     _curves(figure.add_subplot(grid[0, 0]), events, ("loss", "test_loss"), "loss")
     _curves(figure.add_subplot(grid[0, 1]), events, ("accuracy", "test_accuracy"), "accuracy")
     _layers(figure.add_subplot(grid[1, :]), events)
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
     path = Path(workdir) / "curves.png"
-    _replace(path, png.getvalue())
+    _replace(path, figures.png(figure))
     return path
 
 
