@@ -85,7 +85,17 @@ def everything(state: SparseState, batch, fg, event) -> tuple[ByLayer, ByLayer, 
 
 def subset(net: Network, method: Method, loss: Loss) -> Callable:
     """S: |S_l| distinct inactive connections of each layer, drawn from f x g of the heuristic."""
-    measure = HEURISTICS[method.heuristic](net, loss)
+    measure, draw = HEURISTICS[method.heuristic](net, loss), drawing(net, method)
+
+    def choose(state: SparseState, batch, fg, event) -> tuple[ByLayer, ByLayer, Array]:
+        fg = fg if method.heuristic in ON_HOST else measure(state, batch)
+        return draw(stream(state, REWIRE_STREAM), state.masks, fg, event)
+
+    return choose
+
+
+def drawing(net: Network, method: Method) -> Callable:
+    """`draw(key, masks, f x g, event)`: S of each layer, which of it counts, |S| asked for."""
     planned = plan(net, method)
     S_max = planned.subset.max(0)
 
@@ -94,29 +104,27 @@ def subset(net: Network, method: Method, loss: Loss) -> Callable:
     for l, layer in enumerate(net.layers.values()):
         alike.setdefault(layer.shape, []).append(l)
 
-    def choose(state: SparseState, batch, fg, event) -> tuple[ByLayer, ByLayer, Array]:
-        fg = fg if method.heuristic in ON_HOST else measure(state, batch)
-        key, paths = stream(state, REWIRE_STREAM), list(net.layers)
-        active = jnp.stack([*active_counts(state.masks).values()])
+    def draw(key: Array, masks: ByLayer, fg, event) -> tuple[ByLayer, ByLayer, Array]:
+        paths = list(net.layers)
+        active = jnp.stack([*active_counts(masks).values()])
         wanted = asked(method, jnp.asarray(planned.subset)[event], active)
         S, valid = {}, {}
         for group in alike.values():
             size = max(1, int(S_max[group].max()))
             exhaustible = size >= net.layers[paths[group[0]]].size - int(planned.active.max())
-            draw = functools.partial(
+            draw_one = functools.partial(
                 draw_subset, size=size, rounds=method.rounds, exhaustible=exhaustible
             )
-            f, g, masks = (
-                jnp.stack([column[paths[l]] for l in group])
-                for column in (*_columns(fg), state.masks)
+            f, g, taken = (
+                jnp.stack([column[paths[l]] for l in group]) for column in (*_columns(fg), masks)
             )
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(group))
-            drawn = jax.vmap(draw)(keys, f, g, masks, wanted[jnp.asarray(group)])
+            drawn = jax.vmap(draw_one)(keys, f, g, taken, wanted[jnp.asarray(group)])
             for i, l in enumerate(group):
                 S[paths[l]], valid[paths[l]] = drawn[0][i], drawn[1][i]
         return {p: S[p] for p in paths}, {p: valid[p] for p in paths}, wanted.sum()
 
-    return choose
+    return draw
 
 
 def _columns(fg: dict[str, tuple[Array, Array]]) -> tuple[ByLayer, ByLayer]:

@@ -37,20 +37,22 @@ class Unreadable(RuntimeError):
     """There are checkpoints, but every one is damaged."""
 
 
-def open_manager(workdir: str | os.PathLike, keep: int) -> ocp.CheckpointManager:
+def open_manager(workdir: str | os.PathLike, keep: int | None) -> ocp.CheckpointManager:
     """The manager of `<workdir>/checkpoints`: synchronous saves, the `keep` newest are kept.
 
-    Of several processes the first alone writes, the others' managers only read.
+    Of several processes the first alone writes, the others' managers only read. So does one that
+    keeps None: nothing in the folder is touched, for its run may still be going on.
     """
     folder, here = Path(workdir).resolve() / "checkpoints", jax.process_index()
-    folder.mkdir(parents=True, exist_ok=True)
+    if keep is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     with _quiet():
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=False,
             enable_async_checkpointing=False,  # when `save` returns, the checkpoint is committed
-            cleanup_tmp_directories=True,  # of saves that were killed
-            read_only=not hosts.is_first(),
+            cleanup_tmp_directories=True,  # of saves that were killed, unless `read_only`
+            read_only=keep is None or not hosts.is_first(),
             # Each process for itself, or Orbax would wait for all of them.
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 primary_host=here, active_processes={here}
@@ -108,15 +110,12 @@ def restore(
         manager.reload()
     steps = sorted(manager.all_steps(), reverse=True)
     for i, step in enumerate(steps):
-        note = _read_note(manager, step)
-        if note is not None:
-            _refuse_another_run(manager, step, note, like, config)
-            leaves = _read_leaves(manager, step, note, like)
-            if leaves is not None:
-                with _quiet():  # what the first process deletes the others are told to skip
-                    for damaged in steps[:i]:  # or they would stand in the way of later saves
-                        manager.delete(damaged)
-                return _rebuild(like, leaves), note["record"]
+        found = restore_step(manager, step, like, config)
+        if found is not None:
+            with _quiet():  # what the first process deletes the others are told to skip
+                for damaged in steps[:i]:  # or they would stand in the way of later saves
+                    manager.delete(damaged)
+            return found
         if step != steps[-1]:
             say(f"The checkpoint of step {step} is damaged; taking that of step {steps[i + 1]}.")
     if steps:
@@ -125,6 +124,21 @@ def restore(
             f"(steps {', '.join(map(str, reversed(steps)))}); delete that folder to start afresh."
         )
     return None, None
+
+
+def restore_step(
+    manager: ocp.CheckpointManager, step: int, like: Any, config: Mapping[str, Any]
+) -> tuple[Any, dict] | None:
+    """The state of this step, as `restore` gives it, and its record; None if it is damaged.
+
+    Errors: `ConfigError` for a checkpoint of another run.
+    """
+    note = _read_note(manager, step)
+    if note is None:
+        return None
+    _refuse_another_run(manager, step, note, like, config)
+    leaves = _read_leaves(manager, step, note, like)
+    return None if leaves is None else (_rebuild(like, leaves), note["record"])
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple | None:

@@ -1,4 +1,4 @@
-"""What a run shows: `metrics.jsonl`, TensorBoard events, a progress bar and `curves.png`.
+"""What a run tells: `metrics.jsonl`, TensorBoard events and a progress bar.
 
 `metrics.jsonl` holds the header in its first line and one event in each further line. An event is
 written before the checkpoint of its step, so cutting the file back to the restored step gives the
@@ -8,15 +8,12 @@ log of a run that was never interrupted.
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +29,6 @@ from dst.checkpoint import first_difference
 from dst.config import ConfigError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "dst-jax")
-_COLORS = ("#1f5fa8", "#d9772b")
 
 
 class Log:
@@ -79,7 +75,7 @@ def open_log(workdir: str | os.PathLike, header: Mapping[str, Any], step: int) -
         if (e := _parse(line, "step", "event")) and e["step"] <= step and e["event"] != "end"
     ]
     first = lines[0] if old is not None else _dumps(_plain(header))
-    _replace(path, "".join(f"{line}\n" for line in [first, *kept]).encode())
+    replace(path, "".join(f"{line}\n" for line in [first, *kept]).encode())
     purge = step + 1 if lines else None  # TensorBoard hides what an earlier run wrote from there on
     # The suffix, for tensorboardX names files by the second and overwrites those of the same.
     writer = SummaryWriter(
@@ -197,82 +193,6 @@ def say(sentence: str) -> None:
         (Bar.write if sys.stderr.isatty() else print)(sentence, file=sys.stderr)
 
 
-# Plot.
-
-
-def plot(workdir: str | os.PathLike) -> Path:
-    """`<workdir>/curves.png` from its `metrics.jsonl`: loss, accuracy, sparsity of each layer."""
-    with tempfile.TemporaryDirectory() as cache:
-        # Matplotlib would write its font cache into the home directory.
-        ours = os.environ.setdefault("MPLCONFIGDIR", cache) == cache
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        if ours:
-            del os.environ["MPLCONFIGDIR"]
-    head, events = read(Path(workdir) / "metrics.jsonl")
-    config = head["config"]
-    figure = Figure(figsize=(12, 8.5), dpi=120, layout="constrained")
-    title = [config.get(k) for k in ("dataset", "model", "method", "heuristic")]
-    if config.get("method") != "gse":
-        title.pop()
-    figure.suptitle(" · ".join(str(part) for part in title if part is not None))
-    grid = figure.add_gridspec(2, 2, height_ratios=(1, 0.9))
-    _curves(figure.add_subplot(grid[0, 0]), events, ("loss", "test_loss"), "loss")
-    _curves(figure.add_subplot(grid[0, 1]), events, ("accuracy", "test_accuracy"), "accuracy")
-    _layers(figure.add_subplot(grid[1, :]), events)
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    path = Path(workdir) / "curves.png"
-    _replace(path, png.getvalue())
-    return path
-
-
-def _curves(axes: Any, events: list[dict], names: tuple[str, str], title: str) -> None:
-    for name, label, color in zip(names, ("training", "test"), _COLORS, strict=True):
-        points = [(e["epoch"], e[name]) for e in events if e.get(name) is not None]
-        if points:
-            marker = "." if len(points) <= 60 else None
-            axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
-    if title == "loss":
-        axes.set_yscale("log")
-    elif axes.lines:
-        last = axes.lines[-1]
-        text = f"{last.get_label()}: {100 * last.get_ydata()[-1]:.2f} % at the end"
-        axes.set_title(text, loc="right", fontsize=9)
-    axes.set(xlabel="epoch")
-    axes.set_title(title, loc="left", weight="bold")
-    axes.grid(alpha=0.25, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(frameon=False)
-
-
-def _layers(axes: Any, events: list[dict]) -> None:
-    # The share of active connections is drawn, for at 98 % bars of the sparsity all look alike.
-    axes.set_title("sparsity of each layer at the end (numbers)", loc="left", weight="bold")
-    axes.set(ylabel="active connections, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    end = next((e for e in reversed(events) if "active" in e and "possible" in e), None)
-    if end is None:
-        return
-    layers = sorted(end["possible"], key=_numbers_by_value)  # Conv_2 before Conv_10
-    share = np.array([100 * end["active"][layer] / end["possible"][layer] for layer in layers])
-    total = 100 * sum(end["active"].values()) / sum(end["possible"].values())
-    bars = axes.bar(range(len(layers)), share, color=_COLORS[0])
-    axes.axhline(total, color="0.35", linewidth=1, linestyle="--")
-    axes.set_title(f"{100 - total:.2f} % in all (dashed)", loc="right", fontsize=9)
-    many = len(layers) > 16
-    text: dict[str, Any] = {"rotation": 90, "fontsize": 7} if many else {"fontsize": 9}
-    axes.bar_label(bars, [f"{100 - s:.1f} %" for s in share], padding=2, **text)
-    axes.set_xticks(range(len(layers)), layers, **text)
-    axes.margins(x=0.01, y=0.2 if many else 0.1)
-
-
-def _numbers_by_value(name: str) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
 # JSON, files, versions.
 
 
@@ -304,7 +224,7 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes) -> None:
     """Writes the file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)

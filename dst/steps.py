@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from dst.network import Network
 from dst.rewire import host_heuristic, rewire_body
 from dst.schedules import learning_rate
 from dst.state import SparseState
-from dst.update import BATCH_STREAM, parallel, stream, update_body
+from dst.update import BATCH_STREAM, parallel, replicate, stream, update_body
 
 Array = jax.Array
 
@@ -108,6 +109,34 @@ class ScoringBatches:
             yield inputs, labels
 
 
+# --------------------------------------------------------------------------- the batch of a step
+def residents(dataset: data.Dataset, key: Array, devices: list) -> Callable[[int], Resident]:
+    """`resident(epoch)` of the run with this key; the data are put on the devices once."""
+    images, labels = replicate((dataset.train_images, dataset.train_labels), devices)
+    order = jax.jit(data.epoch_order, static_argnums=2)
+    own = jnp.array(jax.random.key_data(key))  # the state's buffers are donated
+
+    @functools.lru_cache(maxsize=1)
+    def resident(epoch: int) -> Resident:
+        permutation = order(jax.random.wrap_key_data(own), epoch, len(labels))
+        return Resident(images, labels, replicate(permutation, devices))
+
+    return resident
+
+
+def make_fetch(config: ConfigDict, dataset: data.Dataset, devices: int) -> Callable[..., tuple]:
+    """`fetch(state, resident, device)`: that device's share of the batch of the state's step."""
+    share = config.batch_size // devices
+
+    def fetch(state: SparseState, resident: Resident, device: Array) -> tuple[Array, Array]:
+        images, labels = data.batch(*resident, state.step, config.batch_size, device, devices)
+        key = stream(state, BATCH_STREAM)
+        images = data.augment(dataset.augment, key, images, first=device * share)
+        return data.normalise(images, dataset.mean, dataset.std), labels
+
+    return fetch
+
+
 # ------------------------------------------------------------------------ the two jitted functions
 class Steps(NamedTuple):
     """What the loop calls; the state has no device axis."""
@@ -132,15 +161,7 @@ def make_steps(
     The batch is cut out of the resident data and augmented inside. Where `looped` is False, n must
     be 1.
     """
-    share = config.batch_size // len(devices)
-    augment = dataset.augment
-
-    def fetch(state: SparseState, resident: Resident, device: Array):
-        images, labels = data.batch(*resident, state.step, config.batch_size, device, len(devices))
-        key = stream(state, BATCH_STREAM)
-        images = data.augment(augment, key, images, first=device * share)
-        return data.normalise(images, dataset.mean, dataset.std), labels
-
+    fetch = make_fetch(config, dataset, len(devices))
     update_one = update_body(net, tx, classification)
 
     def one_update(state, resident, device):

@@ -6,7 +6,6 @@ is killed and started again ends bit for bit as if it had not been.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from dst import checkpoint, data, hosts, log, models, steps
+from dst import checkpoint, data, figures, hosts, log, models, steps
 from dst.config import ConfigError, check_devices
 from dst.evaluate import make_evaluate
 from dst.loop import Parts, Stopped, loop
@@ -28,7 +27,7 @@ from dst.network import Network, network
 from dst.products import tier
 from dst.scores import prune_at_init
 from dst.state import SparseState, active_counts, first_counts, init_state
-from dst.steps import Resident, classification, make_steps, method_of, optimizer, schedule
+from dst.steps import classification, make_steps, method_of, optimizer, residents, schedule
 from dst.update import replicate
 
 Masks = Mapping[str, Any]  # layer path -> bool
@@ -149,7 +148,7 @@ def run_once(
             kept = "no checkpoint was saved" if newest is None else f"the last good one is {newest}"
             raise Stopped(f"{error}; {kept} (a lower learning_rate may help).") from error
     if hosts.is_first():
-        log.plot(workdir)
+        figures.plot(workdir)
     return built.net, state, done
 
 
@@ -158,16 +157,7 @@ def parts(
 ) -> Parts:
     """What the loop needs: data on the devices, compiled steps, where to save and to log."""
     devices, dataset, net, rule = built.devices, built.dataset, built.net, built.method
-    images, labels = replicate((dataset.train_images, dataset.train_labels), devices)
-    order = jax.jit(data.epoch_order, static_argnums=2)
-    # The state's own buffers are donated.
-    run_key = jnp.array(jax.random.key_data(built.state.key))
     record = {"config": config.to_dict()}
-
-    @functools.lru_cache(maxsize=1)
-    def resident(epoch: int) -> Resident:
-        permutation = order(jax.random.wrap_key_data(run_key), epoch, len(labels))
-        return Resident(images, labels, replicate(permutation, devices))
 
     def score(images, labels):
         return make_evaluate(config, dataset, net, devices, images, labels)
@@ -180,7 +170,7 @@ def parts(
         steps=make_steps(config, dataset, net, built.tx, rule, devices),
         evaluate=score(dataset.test_images, dataset.test_labels),
         validate=score(*held_out) if len(held_out[1]) else None,
-        resident=resident,
+        resident=residents(dataset, built.state.key, devices),
         rate=built.rate,
         per_epoch=built.per_epoch,
         looped=steps.looped(devices),

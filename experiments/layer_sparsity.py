@@ -6,12 +6,12 @@ Its runs are those of Table 1, which are not run again.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from typing import Any
 
 import numpy as np
 
+from dst import figures
 from experiments import sweep, table1
 from experiments.runs import Finished
 from experiments.tables import LABELS, grouped, markdown, named, panels
@@ -21,11 +21,7 @@ METHODS = ("pruning", "random", "snip", "grasp", "synflow", "set", "rigl", "gse"
 
 def in_order(layers: dict[str, Any]) -> list[str]:
     """Conv_2 before Conv_10."""
-
-    def key(layer: str) -> list[Any]:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", layer)]
-
-    return sorted(layers, key=key)
+    return sorted(layers, key=figures.numbers_by_value)
 
 
 def sparsity(cell: list[Finished]) -> dict[str, float]:

@@ -25,15 +25,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from matplotlib.figure import Figure
-
-from dst import log
+from dst import figures, log
 from dst.config import ConfigError
 from dst.signals import stop_signals
 from experiments.runs import ROOT, Finished, Run, finished, override, share_done, work
 from experiments.scales import BASES, SCALES, Scale
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Codes = dict[Run, int]  # exit codes of dst.main; BUSY: another process has it
 BUSY, BAD_INPUT = -100, 2
@@ -252,7 +253,7 @@ def collect(experiment: Experiment, arguments: list[str]) -> None:
     print(table)
     path = options.out / f"{experiment.name}-{options.scale}"
     path.with_suffix(".md").write_text(table + "\n")
-    experiment.figure(options, found).savefig(path.with_suffix(".png"))
+    log.replace(path.with_suffix(".png"), figures.png(experiment.figure(options, found)))
 
 
 def main(experiment: Experiment, arguments: list[str] | None = None) -> int:

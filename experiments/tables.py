@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from dst import figures
 from experiments.runs import Finished
 from experiments.scales import SCALES
 
@@ -84,13 +84,13 @@ def of(result: Finished) -> tuple[str, str]:
     return result.config["dataset"], result.config["model"]
 
 
-def panels(count: int, width: float = 4.6, height: float = 3.8) -> tuple[Figure, list[Any]]:
+def panels(count: int, width: float = 4.6, height: float = 3.8) -> tuple[Any, list[Any]]:
     """A figure of `count` panels in rows of two."""
     columns = min(2, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows), dpi=130, layout="constrained")
-    axes = [figure.add_subplot(rows, columns, n + 1) for n in range(count)]
+    drawn = figures.figure(width * columns, height * rows)
+    axes = [drawn.add_subplot(rows, columns, n + 1) for n in range(count)]
     for one in axes:
         one.grid(alpha=0.25)
         one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return drawn, axes

@@ -193,6 +193,28 @@ def test_nothing_intact_is_an_error(run):
         restore(run)
 
 
+def test_any_step_is_read_and_nothing_in_the_folder_touched(run, caplog, recwarn):
+    """Not even what a save that is still under way has written, or a damaged step."""
+    damage(run, 20, "bit")
+    under_way = run / "checkpoints" / "40.orbax-checkpoint-tmp-0"
+    shutil.copytree(run / "checkpoints" / "10", under_way)
+    before = {file: bits(np.fromfile(file, np.uint8)) for file in run.rglob("*") if file.is_file()}
+    with checkpoint.open_manager(run, None) as manager:
+        found = {s: checkpoint.restore_step(manager, s, make_state(0), CONFIG) for s in (10, 20)}
+        with pytest.raises(ConfigError, match="seed"):
+            checkpoint.restore_step(manager, 10, make_state(0), {**CONFIG, "seed": 1})
+    assert_identical(found[10][0], make_state(10, seed=10))
+    assert found[20] is None and not caplog.records and not recwarn.list
+    after = {file: bits(np.fromfile(file, np.uint8)) for file in run.rglob("*") if file.is_file()}
+    assert after == before and under_way.is_dir()
+
+
+def test_reading_makes_no_folder(tmp_path):
+    with checkpoint.open_manager(tmp_path / "none", None) as manager:
+        assert not manager.all_steps()
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_a_step_again_is_idempotent_or_overwrites(run):
     save_steps(run, 30)
     assert_identical(restore(run)[0], make_state(30, seed=30))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from dst import log
+from dst import figures, log
 from dst.config import ConfigError
 
 CONFIG = {"dataset": "digits", "model": "mlp", "method": "gse", "heuristic": "grabo", "a": (1, 2)}
@@ -184,7 +184,7 @@ def test_plot_is_a_png_with_a_bar_a_layer(tmp_path, layers):
     with log.open_log(tmp_path, HEADER, 6) as out:
         active = {layer: 1 + i % 5 for i, layer in enumerate(possible)}
         out.write("end", 6, epoch=6, active=active, possible=possible)
-    path = log.plot(tmp_path)
+    path = figures.plot(tmp_path)
     assert path == tmp_path / "curves.png"
     image = matplotlib.image.imread(path)
     lower = image[image.shape[0] // 2 :, :, :3]
@@ -195,13 +195,13 @@ def test_plot_is_a_png_with_a_bar_a_layer(tmp_path, layers):
 def test_plot_of_a_run_without_events(tmp_path):
     with log.open_log(tmp_path, HEADER, 0):
         pass
-    assert matplotlib.image.imread(log.plot(tmp_path)).std() > 0
+    assert matplotlib.image.imread(figures.plot(tmp_path)).std() > 0
 
 
 def test_nothing_is_written_outside_the_workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_steps(tmp_path / "a" / "run", 0, 2)
-    log.plot(tmp_path / "a" / "run")
+    figures.plot(tmp_path / "a" / "run")
     assert os.listdir(tmp_path) == ["a"]
     names = sorted(p.name for p in (tmp_path / "a/run").iterdir())
     assert names == ["curves.png", "metrics.jsonl", "tensorboard"]
