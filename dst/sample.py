@@ -82,11 +82,12 @@ def draw_subset(
     flat, nowhere = mask.ravel(), mask.size
     inactive = nowhere - flat.sum(dtype=jnp.int32)
     possible = (f.max() > 0) & (g.max() > 0)
+    wanted = jnp.arange(size) < asked
 
     def unfilled(carry):
         i, held = carry
         # What a round finds stands behind what is held: more would not change the first `asked`.
-        return (i < rounds) & ((held != nowhere).sum(dtype=jnp.int32) < asked)
+        return (i < rounds) & ((held == nowhere) & wanted).any()
 
     def one_round(carry):
         i, held = carry
@@ -103,7 +104,7 @@ def draw_subset(
         return lax.sort(jnp.where(flat, nowhere, jnp.arange(nowhere, dtype=jnp.int32)))[:size]
 
     S = lax.cond(inactive <= asked, enumerate_all, draw) if exhaustible else draw()
-    valid = (S != nowhere) & (jnp.arange(size) < asked)
+    valid = (S != nowhere) & wanted
     return jnp.where(valid, S, 0), valid
 
 
