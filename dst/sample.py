@@ -76,27 +76,35 @@ def draw_subset(
 
     Shapes: f (n_in,) or (columns,), g (n_out,), mask (..., n_in, n_out) -> int32 (size,), bool
     (size,). Draws that are active or were drawn before are thrown away and drawn again, `rounds`
-    times in all, which is sampling without replacement (Plackett-Luce). If `asked` reaches the
+    times at most, which is sampling without replacement (Plackett-Luce). If `asked` reaches the
     number of inactive connections, S_l is all of them; `exhaustible=False` says that it never does.
     """
     flat, nowhere = mask.ravel(), mask.size
     inactive = nowhere - flat.sum(dtype=jnp.int32)
     possible = (f.max() > 0) & (g.max() > 0)
+    wanted = jnp.arange(size) < asked
 
-    def one_round(i, held):
+    def unfilled(carry):
+        i, held = carry
+        # What a round finds stands behind what is held: more would not change the first `asked`.
+        return (i < rounds) & ((held == nowhere) & wanted).any()
+
+    def one_round(carry):
+        i, held = carry
         column, output = draw_pairs(jax.random.fold_in(key, i), f, g, mask.shape, size)
         drawn = column * mask.shape[-1] + output
         drawn = jnp.where(possible & ~flat[drawn], drawn, nowhere)
-        return first_distinct(jnp.concatenate([held, drawn]), nowhere)[:size]
+        return i + 1, first_distinct(jnp.concatenate([held, drawn]), nowhere)[:size]
 
     def draw():
-        return lax.fori_loop(0, rounds, one_round, jnp.full(size, nowhere, jnp.int32))
+        start = jnp.int32(0), jnp.full(size, nowhere, jnp.int32)
+        return lax.while_loop(unfilled, one_round, start)[1]
 
     def enumerate_all():
         return lax.sort(jnp.where(flat, nowhere, jnp.arange(nowhere, dtype=jnp.int32)))[:size]
 
     S = lax.cond(inactive <= asked, enumerate_all, draw) if exhaustible else draw()
-    valid = (S != nowhere) & (jnp.arange(size) < asked)
+    valid = (S != nowhere) & wanted
     return jnp.where(valid, S, 0), valid
 
 

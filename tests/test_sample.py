@@ -61,6 +61,28 @@ def test_units_of_a_wide_layer_are_drawn_without_an_array_of_draws_by_units():
     assert chi_square_p(groups, expected) > 1e-4
 
 
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 99), active=st.sampled_from([0.0, 0.3, 0.8]), asked=st.integers(0, 16))
+def test_rounds_that_are_not_needed_would_change_nothing(seed, active, asked):
+    """S is the first of all draws of all rounds that are inactive and new, one at a time."""
+    size, rounds = 12, 5
+    rng = np.random.default_rng(seed)
+    mask, key = rng.random((6, 8)) < active, jax.random.key(seed)
+    f, g = (rng.random(n).astype(np.float32) ** 3 for n in mask.shape)
+    found: list[int] = []
+    for i in range(rounds):
+        columns, outputs = pairs_jit(jax.random.fold_in(key, i), f, g, mask.shape, size)
+        for at in (np.asarray(columns) * 8 + np.asarray(outputs)).tolist():
+            if not mask.ravel()[at] and at not in found:
+                found.append(at)
+    S, valid = draw_jit(key, f, g, mask, jnp.int32(asked), size, rounds)
+    if asked < (~mask).sum():
+        assert np.asarray(S)[np.asarray(valid)].tolist() == found[: min(asked, size)]
+
+
+pairs_jit = jax.jit(sample.draw_pairs, static_argnums=(3, 4))
+
+
 def steered(monkeypatch, bits):
     """Draws as if these were the random bits."""
     monkeypatch.setattr(sample, "CATEGORICAL_ELEMENTS", 0)
