@@ -15,7 +15,9 @@ every possible connection is computed on the step's own batch, beside f and g of
 
 S is drawn by the library's sampler, |P| is the plan's for the last rewire that drops any up to this
 step; both numbers are means of a few draws. What is saved at the step of a rewire was rewired on
-this very batch: its best connections are active already, so let checkpoint_every avoid that.
+this very batch: its best connections are active already, so let checkpoint_every avoid that. For
+recall |P| matters, which the cosine anneals: means over a whole run hang on its schedule, and those
+over one part are had from its rows, `table([row for row in rows if row["rewires_follow"]])`.
 """
 
 from __future__ import annotations
@@ -262,7 +264,7 @@ def figure(rows: list[dict]) -> Any:
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(edgecolor="none", fontsize=9)
     return drawn
 
 
