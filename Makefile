@@ -39,6 +39,7 @@ clean:
 	@echo 'Installing what the tests need ...'
 	@$(INSTALL) '.[test]' && touch $@
 
-.venv/.lint: .venv/.test
-	@echo 'Installing ruff and mypy ...'
-	@$(INSTALL) '.[lint]' && touch $@
+# Everything at once: three installations would compile the kernels three times.
+.venv/.lint: .venv/.python pyproject.toml $(wildcard dst/native/*.cc dst/native/*.h)
+	@echo 'Installing what the tests need, ruff and mypy ...'
+	@$(INSTALL) '.[test,lint]' && touch .venv/.run .venv/.test $@

@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "GSE, sparse": {"method": "gse", "execution": "sparse"},
 }
 SMALLEST = 64
-HIDDEN = {"smoke": (64, 256), "short": (64, 1024, 4096, 8192), "paper": (64, 1024, 4096, 16384)}
+HIDDEN = {"smoke": (64, 256), "short": (64, 1024, 4096), "paper": (64, 1024, 4096, 16384)}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -43,16 +43,15 @@ from dst.state import SparseState, join
 from dst.steps import Resident, classification, make_fetch, residents
 from dst.train import Built, build
 from dst.update import parallel, stream
-from experiments.benchmarks.measure import table as markdown
 from experiments.cost import configured
 from experiments.recall import ByLayer, Marginals, caught, correlations, mean, strongest
+from experiments.subset_size import HEURISTICS as NAMES
+from experiments.subset_size import RATIOS
+from experiments.tables import COLORS, markdown
 
-NAMES = ("uniform", "grabo", "synflow")  # the paper's
-RATIOS = (1, 2, 4, 6, 8, 10)  # |S| / |P|, the paper's of Figure 2
 DRAWS = 3  # of S, that are averaged
 DRAW_STREAM = 4  # their randomness, beside the streams of `dst.update` and `dst.heuristics`
 METHODS = ("gse", "rigl", "set")  # whose plan says |P|
-COLORS = dict(zip(NAMES, ("#7a7a7a", "#1f5fa8", "#d9772b"), strict=True))
 
 
 # ------------------------------------------------------------------------------------- a checkpoint
@@ -230,7 +229,7 @@ def table(rows: list[dict]) -> str:
 
     first, *others = rows[0]["ratios"]
     head = ["heuristic", "rank correlation", "within layers"]
-    head += [f"recall (gradient mass), S = {first} P", *(f"{c} P" for c in others)]
+    head += [f"recall (gradient mass), S = {first:g} P", *(f"{c:g} P" for c in others)]
     body = []
     for name, own in by_heuristic(rows).items():
         ranks = (mean(row[f"{of}correlation"] for row in own) for of in ("", "layer_"))
