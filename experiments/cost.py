@@ -29,10 +29,10 @@ from ml_collections import ConfigDict
 
 import dst
 from dst import cost, data, log, models
-from dst.config import TRAIN_IMAGES, ConfigError, default, validate
+from dst.config import TRAIN_IMAGES, ConfigError
 from dst.heuristics import HEURISTICS
 from dst.masks import active_count
-from dst.methods import ROWS, Method, resolve
+from dst.methods import ROWS, Method
 from dst.network import Network
 from dst.plan import due, plan
 from dst.rewire import host_heuristic, rewire_body
@@ -41,6 +41,8 @@ from dst.state import first_counts
 from dst.steps import method_of
 from dst.update import parallel, update_body
 from experiments.benchmarks import measure
+from experiments.runs import configured, training_steps, trainings
+from experiments.runs import logged as config_of
 
 DATA = {"digits": ((8, 8, 1), 10), "cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100)}
 WIDE, BATCH = 2048, 8  # the layer of --measure, and a batch whose activations are nothing beside it
@@ -57,15 +59,6 @@ def rows(methods: list[str]) -> Iterator[dict[str, Any]]:
             yield {"method": name}
         if name == "rigl":
             yield {"method": name, "growth_memory": "streamed"}
-
-
-def configured(**fields: Any) -> ConfigDict:
-    """The paper's config with these fields; lists, as in a log, stand for tuples."""
-    config = default()
-    for field, value in fields.items():
-        config[field] = tuple(value) if isinstance(value, list) else value
-    validate(config)
-    return resolve(config)
 
 
 def label(config: ConfigDict) -> str:
@@ -105,10 +98,8 @@ class Run:
         )
         self.method, self.batch_size = method_of(config, per_epoch), config.batch_size
         self.examples = config.score_batches * config.batch_size or images
-        lottery = config.method == "lottery"
-        before = [s for s in config.lottery_levels if lottery and s < config.sparsity]
-        self.levels = [*before, config.sparsity]
-        self.steps = config.epochs * per_epoch  # of one training
+        self.levels = trainings(config)
+        self.steps = training_steps(config)  # of one training
 
     def cost(self, events: list[dict[str, Any]], steps: int) -> dict[str, float]:
         """`dst.cost.report` of these events."""
@@ -149,7 +140,7 @@ def logged(folders: list[Path], model: str) -> dict[tuple[str, float], list[floa
         header, events = log.read(path)
         fields = header.get("config", {})
         if fields.get("model") == model and events:
-            config = configured(**fields)
+            config = config_of(header)
             spent = Run(config).cost(events, events[-1]["step"])["training_flops_vs_dense"]
             found.setdefault((label(config), config.sparsity), []).append(spent)
     return found

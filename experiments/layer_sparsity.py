@@ -34,22 +34,22 @@ def sparsity(cell: list[Finished]) -> dict[str, float]:
 
 
 def panels_of(options: argparse.Namespace, results: list[Finished]) -> list[tuple]:
-    """(setting, sparsity, {method: {layer: sparsity}}), those without a run left out."""
+    """(setting, sparsity, {method: its runs}), those without a run left out."""
     cells = grouped(results, table1.cell)
     found = []
     for setting in options.settings:
         for s in options.sparsities:
             here = {m: cells.get((setting, m, s), []) for m in options.methods if m != "dense"}
-            lines = {method: sparsity(cell) for method, cell in here.items() if cell}
-            if lines:
-                found.append((setting, s, lines))
+            if here := {method: cell for method, cell in here.items() if cell}:
+                found.append((setting, s, here))
     return found
 
 
 def table(options: argparse.Namespace, results: list[Finished]) -> str:
     """A row a layer, a column a method."""
     parts = ["Sparsity of each layer after training in %, mean over seeds."]
-    for setting, s, lines in panels_of(options, results):
+    for setting, s, here in panels_of(options, results):
+        lines = {method: sparsity(cell) for method, cell in here.items()}
         layers = in_order(next(iter(lines.values())))
         rows = [[layer, *(f"{line[layer]:.1f}" for line in lines.values())] for layer in layers]
         parts.append(f"**{named(setting)}, {s:.0%} sparsity**")
@@ -60,18 +60,16 @@ def table(options: argparse.Namespace, results: list[Finished]) -> str:
 def figure(options: argparse.Namespace, results: list[Finished]) -> Any:
     """A panel a setting and sparsity, a line a method; 5th to 95th percentile as a band."""
     found = panels_of(options, results)
-    cells = grouped(results, table1.cell)
     drawn, axes = panels(len(found), width=6.4, height=4.2)
-    for (setting, s, lines), one in zip(found, axes, strict=True):
-        layers = in_order(next(iter(lines.values())))
-        for n, (method, line) in enumerate(lines.items()):
+    for (setting, s, here), one in zip(found, axes, strict=True):
+        layers = in_order(next(iter(here.values()))[0].end["possible"])
+        for n, (method, cell) in enumerate(here.items()):
             ours = {"color": "#ee6677", "linewidth": 2.2, "zorder": 3} if method == "gse" else {}
             style = ours or {"color": f"C{n + (n >= 3)}", "linewidth": 1.2}
-            y = [line[layer] for layer in layers]
+            mean = sparsity(cell)
+            y = [mean[layer] for layer in layers]
             one.plot(layers, y, marker=".", label=LABELS[method], **style)
-            each = np.array(
-                [[sparsity([r])[layer] for layer in layers] for r in cells[setting, method, s]]
-            )
+            each = [[sparsity([r])[layer] for layer in layers] for r in cell]
             low, high = np.percentile(each, [5, 95], axis=0)
             one.fill_between(layers, low, high, color=style["color"], alpha=0.12, linewidth=0)
         one.axhline(100 * s, color="0.4", linewidth=1, linestyle="--")

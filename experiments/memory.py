@@ -52,17 +52,16 @@ def runs(options: argparse.Namespace) -> Iterator[Run]:
     """Sizes x variants: one epoch of the digits, 44 steps, with four rewires."""
     for units in sizes(options):
         for variant in options.variants:
-            for seed in options.seeds:
-                fields = {
-                    "hidden": (units, units),
-                    "epochs": 1,
-                    "rewire_every": 10,
-                    "rewire_end_epoch": 1.0,
-                    "checkpoint_every": 1000,
-                }
-                if variant != "dense":
-                    fields["sparsity"] = 0.98
-                yield run_of("paper", ("digits", "mlp"), seed, **fields, **VARIANTS[variant])
+            fields = {
+                "hidden": (units, units),
+                "epochs": 1,
+                "rewire_every": 10,
+                "rewire_end_epoch": 1.0,
+                "checkpoint_every": 1000,
+            }
+            if variant != "dense":
+                fields["sparsity"] = 0.98
+            yield run_of("paper", ("digits", "mlp"), **fields, **VARIANTS[variant])
 
 
 def cell(result: Finished) -> tuple[str, int]:
@@ -76,11 +75,6 @@ def cell(result: Finished) -> tuple[str, int]:
     raise ValueError(f"{result.run.folder} is no variant of this experiment.")
 
 
-def weights(result: Finished) -> int:
-    """|W|, of all layers."""
-    return sum(result.end["possible"].values())
-
-
 def table(options: argparse.Namespace, results: list[Finished]) -> str:
     """A row a network, a column a variant: MiB above the smallest one's process."""
     cells = grouped(results, cell)
@@ -88,7 +82,7 @@ def table(options: argparse.Namespace, results: list[Finished]) -> str:
     rows = []
     for units in sizes(options)[1:]:
         some = next((cells[v, units][0] for v in options.variants if (v, units) in cells), None)
-        row = [f"{units}-{units}", f"{weights(some):,}" if some else "–"]
+        row = [f"{units}-{units}", f"{some.possible:,}" if some else "–"]
         for variant in options.variants:
             both = (variant, units) in cells and (variant, SMALLEST) in cells
             above = peak((variant, units)) - peak((variant, SMALLEST)) if both else None
@@ -109,7 +103,7 @@ def figure(options: argparse.Namespace, results: list[Finished]) -> Any:
     drawn, (one,) = panels(1, width=6, height=4.4)
     for variant in options.variants:
         at = [units for units in sizes(options) if (variant, units) in cells]
-        x = [weights(cells[variant, units][0]) for units in at]
+        x = [cells[variant, units][0].possible for units in at]
         y = [interval(r.end["peak_rss_mib"] for r in cells[variant, units])[0] for units in at]
         style = "-" if "sparse" in variant else "--"
         one.plot(x, y, style, marker="o", ms=4, label=variant)

@@ -17,9 +17,9 @@ from dst.config import load
 from dst.log import read
 from experiments.runs import ROOT, differing, flag, logged
 from experiments.scales import BASES
+from experiments.summary import RESULTS
 from experiments.tables import markdown
 
-RESULTS = Path(__file__).parent / "results"
 MLP = "configs/cifar100_mlp.py"
 
 

@@ -33,7 +33,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dst import checkpoint, figures, log
+from dst import checkpoint, figures, hosts, log
 from dst.candidates import by_dense_gradient, drawing, everything, positions
 from dst.config import ConfigError
 from dst.heuristics import HEURISTICS, ON_HOST
@@ -43,8 +43,8 @@ from dst.state import SparseState, join
 from dst.steps import Resident, classification, make_fetch, residents
 from dst.train import Built, build
 from dst.update import parallel, stream
-from experiments.cost import configured
 from experiments.recall import ByLayer, Marginals, caught, correlations, mean, strongest
+from experiments.runs import logged
 from experiments.subset_size import HEURISTICS as NAMES
 from experiments.subset_size import RATIOS
 from experiments.tables import COLORS, markdown
@@ -100,7 +100,7 @@ def looking(config: ConfigDict, built: Built) -> Callable[[SparseState, Resident
         S, _, _ = everything(state, batch, {}, None)
         return dense(state, batch, S), {name: f(state, batch) for name, f in inside.items()}
 
-    program, index = parallel(body, (None, None, 0), devices), np.arange(len(devices))
+    program, index = parallel(body, (None, None, 0), devices), hosts.own(devices)
 
     def look(state: SparseState, resident: Resident) -> tuple[ByLayer, dict[str, Marginals]]:
         G, fg = program(state, resident, index)
@@ -156,12 +156,11 @@ def opened(folder: Path) -> tuple[dict[str, Any], list[dict], ConfigDict]:
     """Header, events and config of a run. Errors: `ConfigError` if it is none to measure."""
     try:
         header, events = log.read(folder / "metrics.jsonl")
-        fields = header["config"]
+        config = logged(header)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"RUN_FOLDER must be the workdir of a run, with its metrics.jsonl, not {folder}."
         ) from error
-    config = configured(**fields)
     for field, allowed in (("execution", ("masked",)), ("method", METHODS)):
         if config[field] not in allowed:
             raise ConfigError(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dst.config import TRAIN_IMAGES, ConfigError, check_field, default, load, validate
+from dst.data import steps_per_epoch
 from dst.log import read
 from dst.lottery import levels
 from dst.methods import ROWS, resolve
@@ -51,6 +52,7 @@ class Run(NamedTuple):
         return resolve(config)
 
     @property
+    @functools.cache  # noqa: B019, asked for at every look at a sweep's progress
     def folder(self) -> str:
         """The name of its folder."""
         return folder_of(self.config())
@@ -79,6 +81,16 @@ class Finished(NamedTuple):
     def accuracy(self) -> float:
         """Top-1 test accuracy after the last step, in %."""
         return 100 * self.end["test_accuracy"]
+
+    @property
+    def possible(self) -> int:
+        """|W|, of all layers."""
+        return sum(self.end["possible"].values())
+
+    @property
+    def active(self) -> int:
+        """|A| at the end, of all layers."""
+        return sum(self.end["active"].values())
 
 
 # ---------------------------------------------------------------------------------- hash and folder
@@ -169,21 +181,45 @@ def finished(run: Run, out: Path) -> Finished | None:
     return Finished(run, header["config"], events[-1], events)
 
 
-def logged(header: Mapping[str, Any]) -> ConfigDict:
-    """The config of a log's first line; fields that are newer than it have their default."""
+def _filled(fields: Mapping[str, Any]) -> ConfigDict:
+    """The paper's config with these fields; lists, as in a log, stand for tuples."""
     config = default()
-    for field, value in header["config"].items():
+    for field, value in fields.items():
         config[field] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def configured(**fields: Any) -> ConfigDict:
+    """The paper's config with these fields, which are a user's. Errors: ConfigError."""
+    config = _filled(fields)
+    validate(config)
     return resolve(config)
+
+
+def logged(header: Mapping[str, Any]) -> ConfigDict:
+    """The config of a log's first line; fields that are newer than it have their default.
+
+    It was valid when it was run; since then it is resolved, and a method's "" is no user's value.
+    """
+    return resolve(_filled(header["config"]))
+
+
+def trainings(config: ConfigDict) -> tuple[float, ...]:
+    """The sparsity of each training of a run: Lottery's rounds, else the only one."""
+    if config.method == "lottery":
+        return levels(config.sparsity, config.lottery_levels)
+    return (config.sparsity,)
+
+
+def training_steps(config: ConfigDict) -> int:
+    """Update steps of one training."""
+    images = TRAIN_IMAGES[config.dataset] - config.validation_size
+    return config.epochs * steps_per_epoch(images, config.batch_size)
 
 
 def total_steps(run: Run) -> int:
     """Update steps of the run, all rounds of Lottery together."""
-    config = run.config()
-    images = TRAIN_IMAGES[config.dataset] - config.validation_size
-    chain = config.method == "lottery"
-    rounds = len(levels(config.sparsity, config.lottery_levels)) if chain else 1
-    return rounds * config.epochs * (images // config.batch_size)
+    return len(trainings(run.config())) * training_steps(run.config())
 
 
 def work(run: Run) -> float:

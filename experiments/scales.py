@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from dst.config import load
+from dst.methods import resolve
 from experiments.runs import ROOT, Run
 
 BASES = {
@@ -36,20 +37,21 @@ SCALES = {
 
 def shortened(base: str, divisor: int) -> dict[str, Any]:
     """Epochs, learning rate drops and the rewires' period and end, all divided by `divisor`."""
-    config = load(str(ROOT / base))
     if divisor == 1:
         return {}
-    period, end = config.rewire_every or 1000, config.rewire_end_epoch or 120.0
+    config = resolve(load(str(ROOT / base)))
     return {
         "epochs": max(1, config.epochs // divisor),
         "lr_drop_epochs": tuple(epoch / divisor for epoch in config.lr_drop_epochs),
-        "rewire_every": max(1, period // divisor),
-        "rewire_end_epoch": end / divisor,
+        "rewire_every": max(1, config.rewire_every // divisor),
+        "rewire_end_epoch": config.rewire_end_epoch / divisor,
         "checkpoint_every": max(50, config.checkpoint_every // divisor),
     }
 
 
-def run_of(scale: str, setting: tuple[str, str], seed: int, width: float = 1.0, **fields) -> Run:
+def run_of(
+    scale: str, setting: tuple[str, str], seed: int = 0, width: float = 1.0, **fields
+) -> Run:
     """The run of a cell; `fields` win over the schedule, `width` is that of every layer."""
     base = BASES[setting]
     overrides = shortened(base, SCALES[scale].divisor)

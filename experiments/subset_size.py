@@ -17,6 +17,7 @@ from experiments.runs import Finished, Run
 from experiments.scales import run_of
 from experiments.tables import (
     COLORS,
+    curve,
     grouped,
     interval,
     markdown,
@@ -48,19 +49,12 @@ def runs(options: argparse.Namespace) -> Iterator[Run]:
     """Heuristics x ratios, and the two lines."""
     for setting in options.settings:
         for sparsity in options.sparsities:
-            for seed in options.seeds:
-                here = {"scale": options.scale, "setting": setting, "seed": seed}
-                for method in LINES:
-                    yield run_of(**here, method=method, sparsity=sparsity)
-                for ratio in options.ratios:
-                    for heuristic in options.heuristics:
-                        yield run_of(
-                            **here,
-                            method="gse",
-                            sparsity=sparsity,
-                            heuristic=heuristic,
-                            subset_ratio=ratio,
-                        )
+            here = {"scale": options.scale, "setting": setting, "sparsity": sparsity}
+            for method in LINES:
+                yield run_of(**here, method=method)
+            for ratio in options.ratios:
+                for heuristic in options.heuristics:
+                    yield run_of(**here, method="gse", heuristic=heuristic, subset_ratio=ratio)
 
 
 def cell(result: Finished) -> tuple:
@@ -74,7 +68,7 @@ def cell(result: Finished) -> tuple:
 def share(result: Finished) -> float:
     """|S| / |W| at the first rewire, in %: the axis of the paper's figure."""
     sizes = [event["subset_realised"] for event in result.events if event["event"] == "rewire"]
-    return 100 * (sizes[0] if sizes else 0) / sum(result.end["possible"].values())
+    return 100 * (sizes[0] if sizes else 0) / result.possible
 
 
 def table(options: argparse.Namespace, results: list[Finished]) -> str:
@@ -120,9 +114,7 @@ def figure(options: argparse.Namespace, results: list[Finished]) -> Any:
             points = [point for point in points if point]
             if points:
                 x = [np.mean([share(r) for r in point]) for point in points]
-                mean, low, high = np.transpose([interval(r.accuracy for r in p) for p in points])
-                style = {"color": COLORS[heuristic], "marker": "o", "ms": 4, "capsize": 3}
-                one.errorbar(x, mean, [mean - low, high - mean], label=NAMES[heuristic], **style)
+                curve(one, x, points, color=COLORS[heuristic], ms=4, label=NAMES[heuristic])
         for method, (name, style) in LINES.items():
             if line := cells.get((setting, sparsity, method, None)):
                 mean, low, high = interval(r.accuracy for r in line)

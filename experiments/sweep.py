@@ -46,7 +46,7 @@ class Experiment(NamedTuple):
     name: str
     doc: str
     arguments: Callable[[argparse.ArgumentParser], Any]
-    runs: Callable[[argparse.Namespace], Iterable[Run]]
+    runs: Callable[[argparse.Namespace], Iterable[Run]]  # whatever the seed
     table: Callable[[argparse.Namespace, list[Finished]], str]
     figure: Callable[[argparse.Namespace, list[Finished]], Figure]
 
@@ -107,11 +107,11 @@ def sparsities(parser: argparse.ArgumentParser) -> None:
 
 def expand(experiment: Experiment, options: argparse.Namespace) -> list[Run]:
     """Every run once, seed by seed, so that the first table is complete early."""
-    runs = (
+    once = [
         run._replace(overrides=tuple({**dict(run.overrides), **options.extra}.items()))
-        for seed in options.seeds
-        for run in experiment.runs(argparse.Namespace(**{**vars(options), "seeds": [seed]}))
-    )
+        for run in experiment.runs(options)
+    ]
+    runs = (run._replace(seed=seed) for seed in options.seeds for run in once)
     return list({run.folder: run for run in runs}.values())
 
 
@@ -140,15 +140,12 @@ def perform(run: Run, out: Path, tick: Callable[[], bool] = lambda: False) -> in
             start_new_session=True,  # Ctrl-C is for this process, which passes it on once
         )
         try:
-            while child.poll() is None:
-                if tick():
-                    child.terminate()
-                    child.wait()
+            while child.poll() is None and not tick():
                 time.sleep(0.05)
-        except BaseException:
-            child.terminate()
+        finally:
+            if child.poll() is None:
+                child.terminate()
             child.wait()
-            raise
         return child.returncode
 
 
@@ -240,13 +237,17 @@ exec {shlex.quote(sys.executable)} -m experiments.{experiment.name} {again} \\
 def results(experiment: Experiment, arguments: list[str]) -> tuple[Any, list[Finished]]:
     """The options of a command line and what is finished of its runs, for notebooks."""
     options = parse(experiment, arguments)
-    runs = expand(experiment, options)
-    return options, [result for run in runs if (result := finished(run, options.out))]
+    return options, over(expand(experiment, options), options.out)
 
 
-def collect(experiment: Experiment, arguments: list[str]) -> None:
+def over(runs: list[Run], out: Path) -> list[Finished]:
+    """Those of the runs that are finished."""
+    return [result for run in runs if (result := finished(run, out))]
+
+
+def collect(experiment: Experiment, options: argparse.Namespace, runs: list[Run]) -> None:
     """Prints the table of what is finished, if anything; writes it and the figure into --out."""
-    options, found = results(experiment, arguments)
+    found = over(runs, options.out)
     if not found:
         return
     table = experiment.table(options, found)
@@ -273,7 +274,7 @@ def main(experiment: Experiment, arguments: list[str] | None = None) -> int:
         if options.task is not None:
             return go(experiment, options, [runs[options.task]])
         code = 0 if options.collect else go(experiment, options, runs)
-        collect(experiment, arguments)
+        collect(experiment, options, runs)
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -11,7 +11,18 @@ from dst import config
 from experiments import paper, sweep
 from experiments.runs import Finished, Run
 from experiments.scales import run_of
-from experiments.tables import LABELS, grouped, markdown, named, of, ours, panels, schedule, theirs
+from experiments.tables import (
+    COLORS,
+    LABELS,
+    grouped,
+    markdown,
+    named,
+    of,
+    ours,
+    panels,
+    schedule,
+    theirs,
+)
 
 METHODS = (
     *("dense", "lottery", "pruning", "random", "snip", "grasp", "grasp_abs"),
@@ -37,19 +48,18 @@ def own(scale: str, setting: tuple[str, str], method: str) -> dict[str, Any]:
     if method == "deepr":
         fields["l1"] = 1e-5
     if method == "itop":  # explores to the last epoch
-        fields["rewire_end_epoch"] = float(run_of(scale, setting, 0).config().epochs)
+        fields["rewire_end_epoch"] = float(run_of(scale, setting).config().epochs)
     return fields
 
 
 def runs(options: argparse.Namespace) -> Iterator[Run]:
-    """Settings x methods x sparsities x seeds; dense has no sparsity."""
+    """Settings x methods x sparsities; dense has no sparsity."""
     for setting in options.settings:
         for method in options.methods:
             for sparsity in options.sparsities[:1] if method == "dense" else options.sparsities:
                 fields = own(options.scale, setting, method)
                 fields |= {} if method == "dense" else {"sparsity": sparsity}
-                for seed in options.seeds:
-                    yield run_of(options.scale, setting, seed, method=method, **fields)
+                yield run_of(options.scale, setting, method=method, **fields)
 
 
 def cell(result: Finished) -> tuple:
@@ -82,7 +92,7 @@ def figure(options: argparse.Namespace, results: list[Finished]) -> Any:
     """A panel a setting: each seed a dot, the mean a bar, the paper's number a ring."""
     drawn, axes = panels(len(options.settings), height=0.3 * len(options.methods) + 1.2)
     cells = grouped(results, cell)
-    colors = ("#4477aa", "#ee6677", "#228833", "#aa3377")
+    colors = tuple(COLORS.values())
     for setting, one in zip(options.settings, axes, strict=True):
         for n, sparsity in enumerate(options.sparsities):
             color = colors[n % len(colors)]

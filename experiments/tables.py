@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from dst import figures
+from experiments.benchmarks import measure
 from experiments.runs import Finished
 from experiments.scales import SCALES
 
+markdown = measure.table
 LABELS = {
     **{"dense": "Dense", "lottery": "Lottery", "pruning": "Pruning", "random": "Random"},
     **{"snip": "SNIP", "grasp": "GraSP", "grasp_abs": "|GraSP|", "synflow": "SynFlow"},
@@ -53,13 +55,6 @@ def theirs(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def markdown(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A table."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *(list(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def schedule(scale: str) -> str:
     """What the numbers of ours are, in one line that stands over a table."""
     if scale == "smoke":
@@ -82,6 +77,12 @@ def named(setting: tuple[str, str]) -> str:
 def of(result: Finished) -> tuple[str, str]:
     """The run's (data set, model)."""
     return result.config["dataset"], result.config["model"]
+
+
+def curve(axes: Any, x: Iterable[float], cells: Iterable[list[Finished]], **style: Any) -> None:
+    """Mean accuracies at x, with bars from the 5th to the 95th percentile."""
+    mean, low, high = np.transpose([interval(r.accuracy for r in cell) for cell in cells])
+    axes.errorbar(x, mean, [mean - low, high - mean], marker="o", capsize=3, **style)
 
 
 def panels(count: int, width: float = 4.6, height: float = 3.8) -> tuple[Any, list[Any]]:

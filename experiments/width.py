@@ -6,22 +6,17 @@ K = |W(1.0)| to the connection at every width; the paper prints sparsities round
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from dst import models
-from experiments import paper, sweep
-from experiments.cost import DATA, configured
+from experiments import paper, sweep, table1
+from experiments.cost import network_of
 from experiments.runs import Finished, Run
-from experiments.scales import run_of
+from experiments.scales import SMALL, run_of
 from experiments.tables import (
+    curve,
     grouped,
-    interval,
     markdown,
     named,
     of,
@@ -41,47 +36,34 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def possible(run: Run) -> int:
     """|W| of the run's network: all its kernels."""
     config = run.config()
-    return count(config.dataset, config.model, config.depth, config.width, config.hidden)
-
-
-@functools.cache
-def count(dataset: str, model: str, depth: int, width: float, hidden: tuple[int, ...]) -> int:
-    """Weights of all kernels of a network, from shapes alone."""
-    config = configured(dataset=dataset, model=model, depth=depth, width=width, hidden=hidden)
-    shape, classes = DATA[dataset]
-    init = functools.partial(models.build(config, classes).init, train=False)
-    made = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-    leaves = jax.tree.leaves_with_path(made["params"])
-    return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+    fields = (config.dataset, config.model, config.depth, config.width, config.hidden)
+    return network_of(*fields).possible
 
 
 def runs(options: argparse.Namespace) -> Iterator[Run]:
-    """Widths x seeds, on CIFAR-100 alone as in the paper; width 1 is dense."""
-    for setting in options.settings:
-        if setting[0] == "cifar10":
-            continue
-        fields = {"init_gain": 1.0} if setting[1] == "vgg" else {}  # see table1.own
+    """Widths, on CIFAR-100 alone as in the paper; width 1 is dense."""
+    for setting in settings(options):
+        fields = table1.own(options.scale, setting, "dense")
+        dense = run_of(options.scale, setting, method="dense", **fields)
         for width in options.widths:
-            for seed in options.seeds:
-                dense = run_of(options.scale, setting, seed, method="dense", **fields)
-                if width == 1:
-                    yield dense
-                    continue
-                wide = run_of(options.scale, setting, seed, width, method="gse", **fields)
-                sparsity = 1 - possible(dense) / possible(wide)
-                yield wide._replace(overrides=(*wide.overrides, ("sparsity", sparsity)))
+            if width == 1:
+                yield dense
+                continue
+            wide = run_of(options.scale, setting, width=width, method="gse", **fields)
+            sparsity = 1 - possible(dense) / possible(wide)
+            yield wide._replace(overrides=(*wide.overrides, ("sparsity", sparsity)))
 
 
 def width_of(result: Finished) -> float:
     """The factor on every layer's channels or units."""
     config = result.config
     if config["model"] == "mlp":
-        return config["hidden"][0] / run_of("smoke", ("digits", "mlp"), 0).config().hidden[0]
+        return config["hidden"][0] / SMALL
     return config["width"]
 
 
 def settings(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Those of `runs`."""
+    """Those that the paper's table has, and the digits."""
     return [setting for setting in options.settings if setting[0] != "cifar10"]
 
 
@@ -96,8 +78,7 @@ def table(options: argparse.Namespace, results: list[Finished]) -> str:
             cell = cells.get((setting, width), [])
             counts = ["–"] * 3
             if cell:
-                end = cell[0].end
-                total, active = sum(end["possible"].values()), sum(end["active"].values())
+                total, active = cell[0].possible, cell[0].active
                 counts = [f"{total:,}", f"{active:,}", f"{1 - active / total:.2%}"]
             rows.append([width, *counts, ours(cell), theirs(paper.table2(setting, width))])
         parts += [f"**{named(setting)}**", markdown(head, rows)]
@@ -111,12 +92,7 @@ def figure(options: argparse.Namespace, results: list[Finished]) -> Any:
     for setting, one in zip(settings(options), axes, strict=True):
         points = [(w, cells[setting, w]) for w in options.widths if (setting, w) in cells]
         if points:
-            stats = [interval(r.accuracy for r in cell) for _, cell in points]
-            mean, low, high = zip(*stats, strict=True)
-            errors = [[m - a for m, a in zip(mean, low, strict=True)]]
-            errors += [[b - m for m, b in zip(mean, high, strict=True)]]
-            x = [width for width, _ in points]
-            one.errorbar(x, mean, errors, marker="o", capsize=3, color="#4477aa", label="ours")
+            curve(one, *zip(*points, strict=True), color="#4477aa", label="ours")
         one.set(title=named(setting), xlabel="width", ylabel="test accuracy, %")
         numbers = [(w, n) for w in options.widths if (n := paper.table2(setting, w)) is not None]
         lines = list(one.get_legend_handles_labels()[0])

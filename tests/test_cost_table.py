@@ -78,3 +78,9 @@ def test_xla_plans_little_for_a_truly_sparse_step_and_nothing_for_a_method_that_
     assert float(rewire) < 0.2 < 3 < float(masked_rewire)
     dense_step, *rest = cost.measured({"method": "dense"}, 0.98)
     assert float(dense_step) > 3 and rest == ["–", "–", "–"]
+
+
+def test_logs_of_methods_without_a_heuristic_are_read():
+    """Their resolved heuristic is "", which no user may ask for."""
+    runs = cost.logged([RESULTS / "runs"], "vgg")
+    assert len(runs["snip", 0.98]) == 2 and len(runs["granet", 0.98]) == 1
