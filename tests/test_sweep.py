@@ -16,7 +16,7 @@ import pytest
 
 from dst.log import read
 from experiments import subset_size, sweep
-from experiments.runs import Run, finished, share_done
+from experiments.runs import ROOT, Run, finished, share_done
 from experiments.scales import run_of
 
 # Writes the log of a run: half of it, and the rest if MODE lets it.
@@ -203,13 +203,6 @@ def test_slurm_runs_each_task_once(play, tmp_path, capsys, monkeypatch):
     assert set(outputs(tmp_path / "a folder")) == {"rigl"}
 
 
-def tiny(tmp_path, *more):
-    """A real sweep of static networks on the digits; one epoch is enough."""
-    fields = ["--config.hidden=(8,)", "--config.method=random", "--config.epochs=1"]
-    arguments = ["--scale=smoke", "--ratios", "1", "--heuristics", "uniform"]
-    return sweep.main(subset_size.EXPERIMENT, [*arguments, f"--out={tmp_path}", *fields, *more])
-
-
 def test_a_real_run_that_was_stopped_resumes(tmp_path, capsys):
     """Asked to stop after its first epoch it saves; the same sweep finishes it."""
     run = run_of("smoke", ("digits", "mlp"), 0, method="random", sparsity=0.9, hidden=(8,))
@@ -223,16 +216,28 @@ def test_a_real_run_that_was_stopped_resumes(tmp_path, capsys):
     assert end["event"] == "end" and end["active"].keys() == end["possible"].keys()
 
 
-def test_ray_runs_two_at_once(tmp_path, capsys, monkeypatch):
-    """The same sweep on one node with two workers: same folders, both finished."""
-    import ray
+# A process of its own: Ray forks, which JAX, imported here, warns of.
+ON_RAY = """
+import ray, sys
+from experiments import subset_size, sweep
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+sys.exit(sweep.main(subset_size.EXPERIMENT, sys.argv[1:]))
+"""
 
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine lets them starve
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        assert tiny(tmp_path, "--engine=ray") == 0
-    finally:
-        ray.shutdown()
+
+def test_ray_runs_two_at_once(tmp_path):
+    """The same sweep on one node with two workers: same folders, both finished."""
+    # A real sweep of static networks on the digits; one epoch is enough.
+    arguments = ["--scale=smoke", "--ratios", "1", "--heuristics", "uniform", "--engine=ray"]
+    arguments += ["--config.hidden=(8,)", "--config.method=random", "--config.epochs=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", ON_RAY, *arguments, f"--out={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAY_worker_niceness": "0"},  # else a busy machine lets them starve
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     logs = sorted(tmp_path.glob("*/metrics.jsonl"))
     assert [path.parent.name[-5:] for path in logs] == ["seed0", "seed1"]
     assert all(read(log)[1][-1]["event"] == "end" for log in logs)
