@@ -19,8 +19,11 @@ from dst.config import ConfigError
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes: the only one, or the first of several."""
-    return jax.process_index() == 0
+    """Whether this is the process that writes: the only one, or the first of several.
+
+    A process that is alone is not asked: the answer would take hold of its accelerators.
+    """
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def devices(each: int | None = None) -> list:

@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
+
 from dst import figures, log
 from dst.config import ConfigError
 from dst.signals import stop_signals
@@ -259,7 +261,9 @@ def collect(experiment: Experiment, options: argparse.Namespace, runs: list[Run]
 
 def main(experiment: Experiment, arguments: list[str] | None = None) -> int:
     """A command line; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
+        jax.config.update("jax_platforms", "cpu")  # the accelerators are for the runs
     try:
         options = parse(experiment, arguments)
         runs = expand(experiment, options)

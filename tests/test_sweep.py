@@ -150,6 +150,29 @@ def test_dry_run_prints_what_is_left(tmp_path, capsys):
         assert "--config.learning_rate=0.02" in command and "seed0" in command
 
 
+# Whether JAX has taken hold of devices after what a sweep's own process does.
+OWN = """
+import sys
+from dst import log
+from experiments import table1, width, sweep
+log.say("x")
+log.progress(3, 0).close()
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+sys.argv[1:] = ["--scale=smoke", "--dry-run", "--seeds", "0"]
+sweep.main(width.EXPERIMENT)
+assert set(xla_bridge.backends()) == {"cpu"}
+"""
+
+
+def test_a_sweep_leaves_the_accelerators_to_its_runs():
+    """They would find a GPU's memory taken: no device for progress, the CPU to count weights."""
+    env = {**os.environ, "JAX_PLATFORMS": ""}
+    command = [sys.executable, "-c", OWN]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+
+
 def test_collect_runs_nothing(play, tmp_path, capsys):
     """Only what is finished is in the table."""
     play(rigl="fail")
