@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dst.config import ConfigError
 from experiments.runs import ROOT, Run
-from experiments.sweep import Codes, perform
+from experiments.sweep import BAD_INPUT, Codes, perform
 
 
 def on_ray(
@@ -34,7 +34,8 @@ def on_ray(
     codes: Codes = {}
     stopping = False
     while waiting:
-        if tick() and not stopping:
+        # After bad input the others would be refused for the same reason.
+        if (tick() or BAD_INPUT in codes.values()) and not stopping:
             stopping = True
             for task in waiting:
                 ray.cancel(task)
