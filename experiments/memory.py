@@ -89,7 +89,7 @@ def table(options: argparse.Namespace, results: list[Finished]) -> str:
             words = cells[variant, units][0].end["cost"]["peak_words_per_weight"] if both else 0
             row.append(f"{max(above, 0):,.0f} ({words:.2g})" if above is not None else "–")
         rows.append(row)
-    head = ["hidden layers", "\\|W\\|", *options.variants]
+    head = ["hidden layers", "|W|", *options.variants]
     return (
         "Peak resident memory of the process in MiB above that of a 64-64 network, digits, 98 % "
         "sparsity; in brackets the words of 4 bytes per possible weight that the method needs, "

@@ -94,8 +94,8 @@ def table(options: argparse.Namespace, results: list[Finished]) -> str:
                 number = theirs(paper.table1(setting, method, sparsity))
                 rows.append([name, "", at(method, None), *empty, number])
             head = [
-                r"\|S\| / \|P\|",
-                r"\|S\| / \|W\|",
+                "|S| / |P|",
+                "|S| / |W|",
                 *(NAMES[h] for h in options.heuristics),
             ]
             parts += [f"**{named(setting)}, {sparsity:.0%} sparsity**"]

@@ -70,7 +70,7 @@ def settings(options: argparse.Namespace) -> list[tuple[str, str]]:
 def table(options: argparse.Namespace, results: list[Finished]) -> str:
     """A table a setting: the counts are those of the last masks."""
     cells = grouped(results, lambda result: (of(result), width_of(result)))
-    head = ["width", "\\|W\\|", "active", "sparsity", "accuracy", "paper"]
+    head = ["width", "|W|", "active", "sparsity", "accuracy", "paper"]
     parts = [schedule(options.scale)]
     for setting in settings(options):
         rows = []

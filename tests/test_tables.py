@@ -8,7 +8,7 @@ import pytest
 from dst.config import METHODS
 from experiments import layer_sparsity, memory, paper, subset_size, sweep, table1, width
 from experiments.runs import Finished
-from experiments.tables import LABELS, interval, ours
+from experiments.tables import LABELS, interval, markdown, ours
 
 LAYERS = {"Conv_2": 100, "Conv_10": 300, "Dense_0": 50}
 
@@ -129,3 +129,9 @@ def test_every_variant_is_recognised_in_its_log(variant):
     """By method, execution and how it grows."""
     _, results = made_up(memory.EXPERIMENT, "--scale=smoke", "--variants", variant)
     assert {memory.cell(result)[0] for result in results} == {variant}
+
+
+def test_a_bar_in_a_cell_does_not_end_it():
+    """|GraSP| and |S| / |P| are cells of their own in the Markdown."""
+    lines = markdown(["|S|", "b"], [["|GraSP|", 1]]).splitlines()
+    assert lines == [r"| \|S\| | b |", "| --- | --- |", r"| \|GraSP\| | 1 |"]

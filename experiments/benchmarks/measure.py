@@ -171,7 +171,8 @@ class Lines:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Markdown."""
+    """Markdown; a bar in a cell is escaped."""
     head = list(head)
-    body = [head, ["---"] * len(head), *(list(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in body)
+    body = [head, ["---"] * len(head), *rows]
+    cells = ([str(cell).replace("|", r"\|") for cell in row] for row in body)
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
