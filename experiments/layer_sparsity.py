@@ -69,7 +69,8 @@ def figure(options: argparse.Namespace, results: list[Finished]) -> Any:
             mean = sparsity(cell)
             y = [mean[layer] for layer in layers]
             one.plot(layers, y, marker=".", label=LABELS[method], **style)
-            each = [[sparsity([r])[layer] for layer in layers] for r in cell]
+            seeds = [sparsity([result]) for result in cell]
+            each = [[seed[layer] for layer in layers] for seed in seeds]
             low, high = np.percentile(each, [5, 95], axis=0)
             one.fill_between(layers, low, high, color=style["color"], alpha=0.12, linewidth=0)
         one.axhline(100 * s, color="0.4", linewidth=1, linestyle="--")

@@ -93,11 +93,7 @@ def table(options: argparse.Namespace, results: list[Finished]) -> str:
             for method, (name, _) in LINES.items():
                 number = theirs(paper.table1(setting, method, sparsity))
                 rows.append([name, "", at(method, None), *empty, number])
-            head = [
-                "|S| / |P|",
-                "|S| / |W|",
-                *(NAMES[h] for h in options.heuristics),
-            ]
+            head = ["|S| / |P|", "|S| / |W|", *(NAMES[h] for h in options.heuristics)]
             parts += [f"**{named(setting)}, {sparsity:.0%} sparsity**"]
             parts += [markdown([*head, "paper (GraBo)"], rows)]
     return "\n\n".join(parts)
