@@ -114,15 +114,17 @@ def best(
     new_column: Array,
     new_score: Array,
     k: Array,
+    salt: Array,
 ) -> tuple[Array, Array, Array]:
     """The k best distinct connections of two lists sorted by (row, column), sorted so again.
 
-    Shapes: int32, int32, float32 (P,) and (Q,), k <= P int32 () -> (P,). Entries with a score that
-    is not >= 0 are empty, wherever they stand; unused slots at the end are (2^31 - 1, 0, -1). Of
-    equal connections the first list's counts, of equal scores at the cut the first in order.
+    Shapes: int32, int32, float32 (P,) and (Q,), k <= P int32 (), salt uint32 (R,) of each row
+    -> (P,). Entries with a score that is not >= 0 are empty, wherever they stand; unused slots at
+    the end are (2^31 - 1, 0, -1). Of equal connections the first list's counts, of equal scores at
+    the cut the lower `hashing.hashed`.
     """
     call = _kernel("dst_best", (_like(row), _like(column), _like(score)))
-    row, column, score = call(row, column, score, new_row, new_column, new_score, k)
+    row, column, score = call(row, column, score, new_row, new_column, new_score, k, salt)
     return row, column, score
 
 

@@ -28,6 +28,7 @@ Loss = Callable[[Callable[..., Any], Any], tuple[Array, Mapping[str, Array]]]
 
 # Every use of randomness in a step folds its own constant into fold_in(key, step).
 DROPOUT_STREAM, REWIRE_STREAM, BATCH_STREAM = 0, 1, 2
+TIE_STREAM, CHANCE_STREAM = 5, 6  # hashes of connections; 3 and 4 are GraEst's and experiments'
 
 
 def stream(state: SparseState, purpose: int) -> Array:

@@ -14,9 +14,9 @@ from scipy import stats
 
 from dst import checkpoint, data, train
 from dst.plan import plan
-from dst.sample import draw_subset
 from experiments import quality
 from experiments.runs import configured
+from tests.test_sample import draw_jit
 
 ONE = jax.local_devices()[:1]
 RUN = dict(
@@ -125,9 +125,6 @@ def test_correlations_equal_those_of_a_network_by_hand(name, measured, by_hand):
     whole = stats.spearmanr(*(np.concatenate(side) for side in zip(*pairs, strict=True))).statistic
     assert row["layer_correlation"] == pytest.approx(np.mean(within), abs=2e-3)
     assert row["correlation"] == pytest.approx(whole, abs=2e-3)
-
-
-draw_jit = jax.jit(draw_subset, static_argnums=(5, 6))
 
 
 def test_recall_and_mass_equal_those_of_draws_by_hand(measured, by_hand):
