@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dst
+from dst import train
 from dst.combinations import check_execution
 from dst.config import METHODS, ConfigError, default
 from dst.methods import (
@@ -251,6 +252,19 @@ def test_the_command_line_says_what_a_method_does_not_read():
     )
     for name in METHODS:
         assert told_unread(resolved(method=name, rewire_every=7, rewire_end_epoch=9.0)) is None
+
+
+def test_a_run_says_it_once(monkeypatch, tmp_path, capsys):
+    """Lottery's rounds do not repeat it."""
+    monkeypatch.setattr(train, "run_once", lambda *args: (None, None, False))
+    for fields in (
+        {"method": "set", "sampling_rounds": 1},
+        {"method": "lottery", "layer_floor": 0.1},
+    ):
+        train.train(resolved(**fields), tmp_path)
+        assert capsys.readouterr().err.count(f"Method {fields['method']!r} does not read ") == 1
+    train.train(resolved(method="set"), tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", METHODS)
