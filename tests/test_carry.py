@@ -63,6 +63,9 @@ def test_an_average_stays_with_its_connection(execution):
     assert len(grown) > 10 and len(kept) > 100
     assert all(new[at] == old[at] for at in kept) and all(new[at] == 0 for at in grown)
     assert sum(value != 0 for value in old.values()) > len(kept)  # what there was to forget
+    # Nor does it begin with what a tree holds where nothing was.
+    ones = dst.carry(jax.tree.map(jnp.ones_like, average), before, after)
+    assert {at for at, value in entries(after, ones).items() if value} == kept
     biases = [[tree[path]["bias"] for path in ("Conv_0", "Dense_0")] for tree in (average, carried)]
     jax.tree.map(np.testing.assert_array_equal, *biases)
 
