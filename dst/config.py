@@ -20,8 +20,6 @@ METHODS = (
     *("dense", "lottery", "pruning", "snip", "grasp", "grasp_abs", "synflow"),
     *("random", "set", "rigl", "gse", "gse_v2", "snfs", "dsr", "deepr", "granet", "itop"),
 )
-RAMPS = ("pruning", "granet")  # the sparsity grows until rewire_end_epoch
-SPARSE = ("random", "set", "gse", "gse_v2")  # in sparse execution; and rigl with a streamed growth
 TRAIN_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
 
 
@@ -50,8 +48,8 @@ def default() -> ConfigDict:
 
     # Sparsity. None: the method's own value, which resolve() fills in; the paper's is named.
     config.method = "gse"  # a row of dst/methods.py: 'gse' is the paper's
-    # 'masked': dense arrays, every method; 'sparse': memory of the connections that exist; random,
-    # set, gse, gse_v2 and a streamed rigl.
+    # 'masked': dense arrays, every method; 'sparse': memory of the connections that exist; dense,
+    # random, set, gse, gse_v2 and a streamed rigl.
     config.execution = "masked"  # 'masked' or 'sparse'
     config.sparsity = 0.98  # inactive fraction of all kernels, in [0, 1); dense ignores it
     config.initial_sparsity = placeholder(float)  # None: granet's 0.5, else `sparsity`
@@ -233,18 +231,6 @@ def validate(config: ConfigDict) -> None:
         if field not in config:
             raise ConfigError(f'The field "{field}" is missing; start from dst.config.default().')
         check_field(field, config[field])
-    streamed = config.method == "rigl" and config.growth_memory == "streamed"
-    if config.execution == "sparse" and not (config.method in SPARSE or streamed):
-        raise ConfigError(
-            f"method must be 'random', 'set', 'gse' or 'gse_v2', or 'rigl' with growth_memory "
-            f"'streamed', in execution 'sparse', not {config.method!r}, which needs every weight."
-        )
-    end = 120.0 if config.rewire_end_epoch is None else config.rewire_end_epoch
-    if config.method in RAMPS and end >= config.epochs:
-        raise ConfigError(
-            f"rewire_end_epoch must be below epochs, {config.epochs}, for method "
-            f"{config.method!r}, which reaches its sparsity then, not {end}."
-        )
     left = TRAIN_IMAGES[config.dataset] - config.validation_size
     if config.batch_size > left:
         raise ConfigError(
@@ -256,6 +242,9 @@ def validate(config: ConfigDict) -> None:
             "model 'vgg' halves 32x32 images five times; for the 8x8 images of dataset 'digits' "
             "it must be 'mlp' or 'resnet'."
         )
+    from dst.methods import check_config  # which imports this module
+
+    check_config(config)
 
 
 def check_devices(config: ConfigDict, available: int, processes: int = 1) -> int:

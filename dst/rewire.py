@@ -22,6 +22,7 @@ import optax
 from jax import lax
 
 from dst.candidates import Candidates, candidates
+from dst.combinations import check, check_execution
 from dst.config import ConfigError
 from dst.drop import DROPS, weakest
 from dst.explore import sparse_rewire_body
@@ -32,7 +33,7 @@ from dst.methods import Method
 from dst.moments import recognise, reset_inactive
 from dst.network import Network
 from dst.plan import plan
-from dst.remember import after_rewire, told
+from dst.remember import after_rewire, refuse_waiting, told
 from dst.select import bits, lowest
 from dst.share import share_out
 from dst.state import SparseState, active_counts, join, kernels_of
@@ -55,6 +56,8 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
     """One rewire on one device's share of the batch: (state, batch, f x g) -> (state, report)."""
     if not method.moves:
         raise ConfigError(f"method is {method.name!r}, whose connections never move.")
+    check(method)
+    check_execution(method, net.execution)
     if net.execution == "sparse":
         return sparse_rewire_body(net, tx, method, loss)
     planned = plan(net, method)
@@ -63,6 +66,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
     most = int(planned.grown.max()) if method.drop == "magnitude" else net.possible
 
     def body(state: SparseState, batch: Any, fg: Any):
+        refuse_waiting(state.method)
         event = planned.event(state.step)
         target, G_t = (jnp.asarray(n)[event] for n in (planned.active, planned.grown))
         # The gradient is taken before the drop; P and G are disjoint: S holds inactive ones only.

@@ -17,7 +17,7 @@ from dst.config import ConfigError
 from dst.execution import forward
 from dst.moments import recognise, reset_inactive
 from dst.network import Network
-from dst.remember import follow
+from dst.remember import follow, refuse_waiting
 from dst.state import SparseState, kernels_of, masks_of, with_kernels
 
 Array = jax.Array
@@ -140,6 +140,7 @@ def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> C
     """One step on one device's share of the batch: (state, batch) -> (state, metrics)."""
 
     def body(state: SparseState, batch: Any) -> tuple[SparseState, dict[str, Array]]:
+        refuse_waiting(state.method)
         masks = masks_of(state)
         owners = recognise(state.opt_state, state.params, masks)
         objective = lambda params: run_loss(net, loss, params, state, batch)  # noqa: E731

@@ -23,7 +23,7 @@ from dst.config import TRAIN_IMAGES, ConfigError, check_field, default, load, va
 from dst.data import steps_per_epoch
 from dst.log import read
 from dst.lottery import levels
-from dst.methods import ROWS, resolve
+from dst.methods import ROWS, resolve, unread_fields
 
 ROOT = Path(__file__).parents[1]
 # They say where and how often, not what.
@@ -118,23 +118,14 @@ def differing(config: ConfigDict, base: ConfigDict) -> dict[str, Any]:
 
 def _ignored(config: ConfigDict) -> set[str]:
     """Fields that this model and this method never read."""
-    row = ROWS[config.method]
     fields = {"hidden"} if config.model != "mlp" else {"depth", "width"}
     if config.model == "vgg":
         fields.add("depth")
-    if "drop" not in row:
-        fields |= {"drop_fraction", "rewire_every", "rewire_end_epoch", "layer_floor"}
-    if "heuristic" not in row:
-        fields |= {"heuristic", "subset_ratio", "sampling_rounds"}
-    if row.get("score") != "dense gradient":
-        fields.add("growth_memory")
-    if config.method not in ("snip", "grasp", "grasp_abs"):
-        fields.add("score_batches")
-    if config.method not in ("grasp", "grasp_abs"):
-        fields.add("grasp_temperature")
-    if config.method != "lottery":
-        fields.add("lottery_levels")
-    return fields | ({"sparsity", "distribution"} if config.method == "dense" else set())
+    if "drop" not in ROWS[config.method]:
+        fields |= {"rewire_every", "rewire_end_epoch"}
+    if config.method == "dense":
+        fields.add("sparsity")
+    return fields | unread_fields(config)
 
 
 def _plain(value: Any) -> Any:

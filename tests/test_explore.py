@@ -213,15 +213,6 @@ def test_one_compilation_for_a_whole_run():
     )
 
 
-def test_a_dense_gradient_is_refused():
-    """RigL needs what sparse execution does not have, unless it is streamed."""
-    s = tiny.setup("rigl", execution="sparse")
-    with pytest.raises(
-        dst.ConfigError, match=r"gradient of every possible connection.*growth_memory=.streamed."
-    ):
-        dst.make_rewire(s.net, s.tx, s.method, tiny.loss)
-
-
 def test_nan_is_reported():
     """A NaN input makes the update and the rewire say so."""
     s = tiny.setup("gse", execution="sparse")
