@@ -68,6 +68,6 @@ def _carried(
 def sources(before: Arena, after: Arena) -> Array:
     """Where each connection of `after` stood in `before`: int32 (K,), -1 if it did not exist."""
     row = rows_of(after.pointer, after.column.size)
-    widest = max(before.parts, key=lambda part: part.block)
-    at, existed = locate(before, widest, row, after.column)
+    longest = max(part.block for part in before.parts)
+    at, existed = locate(before, longest, row, after.column)
     return jnp.where(existed, at, -1)

@@ -19,7 +19,6 @@ from dst import kernels
 from dst.arena import VALUES, Arena, Part
 from dst.arrivals import Pairs
 from dst.candidates import as_chance
-from dst.config import ConfigError
 from dst.hashing import hashed
 from dst.heuristics import HEURISTICS, OBSERVED, ON_HOST
 from dst.methods import Method
@@ -71,11 +70,6 @@ def sparse_rewire_body(
 ) -> Callable:
     """One rewire on one device's share of the batch: (state, batch, f x g) -> (state, report)."""
     all_scored = method.score == "dense gradient"
-    if all_scored and method.growth_memory == "dense":
-        raise ConfigError(
-            f"method is {method.name!r}, which needs the gradient of every possible connection; "
-            "execution 'sparse' allows it a block at a time, with growth_memory='streamed'."
-        )
     planned = plan(net, method)
     P_t, keep = planned.grown, floors(net, method)
     look = observer(net, method, loss)
