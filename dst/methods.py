@@ -59,6 +59,9 @@ class Method(NamedTuple):
     subset_of: str = "dropped"  # |S| = c |P|, split by layer size; "active": |S_l| = c |A_l|
     rounds: int = 8  # of drawing, to replace duplicates and active connections
     explored: bool = False  # remember which connections ever existed, and report their share
+    momentum: float = (
+        0.9  # mu of the momentum v <- mu v + g that is a score (SNFS): the optimizer's
+    )
 
     @property
     def moves(self) -> bool:
@@ -140,6 +143,7 @@ RULES: dict[str, Rule | str] = {
     "subset_of": choice("dropped", "active"),
     "rounds": "sampling_rounds",
     "explored": "track_explored",
+    "momentum": "momentum",
 }
 
 # Config fields that a method may have its own value of: the field of `Method`.

@@ -78,6 +78,7 @@ def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
         floor=config.layer_floor,
         end=round(config.rewire_end_epoch * steps_per_epoch),
         explored=config.track_explored or config.method == "itop",
+        momentum=config.momentum,
     )
 
 
