@@ -83,7 +83,7 @@ def default() -> ConfigDict:
     config.seed = 0  # of everything random
 
     # The run.
-    config.eval_every = 1  # epochs between two evaluations
+    config.eval_every = 1  # epochs between two evaluations of the test set
     config.eval_batch_size = 500  # test images a step, over all devices together
     config.checkpoint_every = 1000  # steps between two checkpoints
     config.checkpoints_kept = 2  # at least 2, so that a damaged one can be skipped

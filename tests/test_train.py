@@ -198,6 +198,35 @@ def test_early_stop_looks_at_the_training_or_held_out_loss(tmp_path):
     assert len(held_out) == best + 3
 
 
+def test_the_test_set_is_asked_when_it_is_due_and_once_in_the_end(tmp_path, monkeypatch):
+    """Every `eval_every` epochs and at the end; the validation set, which is watched, always."""
+    asked = []
+    go = train.make_evaluate
+
+    def counted(config, dataset, net, devices, images, labels):
+        evaluate = go(config, dataset, net, devices, images, labels)
+        return lambda state: asked.append((len(labels), int(state.step))) or evaluate(state)
+
+    monkeypatch.setattr(train, "make_evaluate", counted)
+    config = small(method="random", epochs=5, eval_every=2, validation_size=200)
+    train.train(config, tmp_path)
+    whole = result(tmp_path, config)
+    test, held_out = ([step for n, step in asked if n == size] for size in (360, 200))
+    assert (test, held_out) == ([18, 36, 45], [9, 18, 27, 36, 45])
+    events = whole[1]
+    lines = [event for event in events if event["event"] == "eval"]
+    assert [e["step"] for e in lines if "validation_loss" in e] == held_out
+    assert [e["step"] for e in lines if "test_loss" in e] == test
+    assert events[-1]["test_loss"] == lines[-1]["test_loss"]
+    # Killed before the last line was written: restored at its end it writes the same.
+    log = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(log[:-1]))
+    asked.clear()
+    train.train(config, tmp_path)
+    assert asked == [(360, 45)]
+    assert result(tmp_path, config) == whole
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
