@@ -22,6 +22,12 @@ METHODS = (
 )
 RAMPS = ("pruning", "granet")  # the sparsity grows until rewire_end_epoch
 SPARSE = ("random", "set", "gse", "gse_v2")  # in sparse execution; and rigl with a streamed growth
+# They say where and how often, not what: nothing that is computed depends on them, but for the
+# order of sums over the devices. A run may be resumed with other ones.
+OPERATIONAL = (
+    *("data_dir", "devices", "eval_every", "eval_batch_size"),
+    *("checkpoint_every", "checkpoints_kept"),
+)
 TRAIN_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
 
 

@@ -26,7 +26,8 @@ training, `lottery.py` the rounds.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -220,3 +221,24 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if resolved.method == "dense":
         resolved.sparsity = 0.0
     return resolved.lock()
+
+
+def unread(config: Mapping[str, Any]) -> set[str]:
+    """Fields that a run of this model and this method never reads."""
+    row = ROWS[config["method"]]
+    fields = {"hidden"} if config["model"] != "mlp" else {"depth", "width"}
+    if config["model"] == "vgg":
+        fields.add("depth")
+    if "drop" not in row:
+        fields |= {"drop_fraction", "rewire_every", "rewire_end_epoch", "layer_floor"}
+    if "heuristic" not in row:
+        fields |= {"heuristic", "subset_ratio", "sampling_rounds"}
+    if row.get("score") != "dense gradient":
+        fields.add("growth_memory")
+    if config["method"] not in ("snip", "grasp", "grasp_abs"):
+        fields.add("score_batches")
+    if config["method"] not in ("grasp", "grasp_abs"):
+        fields.add("grasp_temperature")
+    if config["method"] != "lottery":
+        fields.add("lottery_levels")
+    return fields | ({"sparsity", "distribution"} if config["method"] == "dense" else set())
