@@ -117,7 +117,7 @@ FOUR = np.arange(4)
 def streams():
     """The constants that uses of randomness fold into the key of a step or of the run."""
     names = [module.name for module in pkgutil.iter_modules(dst.__path__, "dst.")]
-    found = [vars(importlib.import_module(name)) for name in names]
+    found = [vars(importlib.import_module(name)) for name in (*names, "experiments.quality")]
     return {n: int(v) for module in found for n, v in module.items() if n.endswith("_STREAM")}
 
 
