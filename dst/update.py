@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -97,9 +98,11 @@ def run_loss(
 ) -> tuple[Array, _Run]:
     """The loss on one batch, in train mode; `state` stays, new statistics come back."""
     updated: dict[str, Any] = {}
-    rngs = {"dropout": jax.random.fold_in(stream(state, DROPOUT_STREAM), jax.lax.axis_index(AXIS))}
+    key = jax.random.fold_in(stream(state, DROPOUT_STREAM), jax.lax.axis_index(AXIS))
+    calls = itertools.count()  # a loss may run the model several times, each with its own dropout
 
     def apply(*args, **kwargs):
+        rngs = {"dropout": jax.random.fold_in(key, next(calls))}
         collections = {**state.batch_stats, **updated, **(extra or {})}
         mutable = list(state.batch_stats)
         outputs, new = forward(
