@@ -125,6 +125,7 @@ def unread(method: Method) -> set[str]:
         "explored": method.moves,
         "growth_memory": method.score == "dense gradient",
         "heuristic": method.score == "gradient",
+        "momentum": method.score == "momentum",
         **dict.fromkeys(("subset_ratio", "subset_of", "rounds"), bool(method.heuristic)),
         **dict.fromkeys(("drop_fraction", "last_fraction"), _plans(method)),
     }

@@ -20,6 +20,12 @@ METHODS = (
     *("dense", "lottery", "pruning", "snip", "grasp", "grasp_abs", "synflow"),
     *("random", "set", "rigl", "gse", "gse_v2", "snfs", "dsr", "deepr", "granet", "itop"),
 )
+# They say where and how often, not what: nothing that is computed depends on them, but for the
+# order of sums over the devices. A run may be resumed with other ones.
+OPERATIONAL = (
+    *("data_dir", "devices", "eval_every", "eval_batch_size"),
+    *("checkpoint_every", "checkpoints_kept"),
+)
 TRAIN_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
 
 
@@ -81,7 +87,7 @@ def default() -> ConfigDict:
     config.seed = 0  # of everything random
 
     # The run.
-    config.eval_every = 1  # epochs between two evaluations
+    config.eval_every = 1  # epochs between two evaluations of the test set
     config.eval_batch_size = 500  # test images a step, over all devices together
     config.checkpoint_every = 1000  # steps between two checkpoints
     config.checkpoints_kept = 2  # at least 2, so that a damaged one can be skipped

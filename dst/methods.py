@@ -26,7 +26,8 @@ training, `lottery.py` the rounds.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -60,6 +61,9 @@ class Method(NamedTuple):
     subset_of: str = "dropped"  # |S| = c |P|, split by layer size; "active": |S_l| = c |A_l|
     rounds: int = 8  # of drawing, to replace duplicates and active connections
     explored: bool = False  # remember which connections ever existed, and report their share
+    momentum: float = (
+        0.9  # mu of the momentum v <- mu v + g that is a score (SNFS): the optimizer's
+    )
 
     @property
     def moves(self) -> bool:
@@ -146,6 +150,7 @@ RULES: dict[str, Rule | str] = {
     "subset_of": choice("dropped", "active"),
     "rounds": "sampling_rounds",
     "explored": "track_explored",
+    "momentum": "momentum",
 }
 
 # Config fields that a method may have its own value of: the field of `Method`.
@@ -229,6 +234,8 @@ def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
     options = {name: config[field] for field, name in FIELDS.items() if field not in ignored}
     if config.method == "itop":
         options["explored"] = True
+    if ROWS[config.method].get("score") == "momentum":
+        options["momentum"] = config.momentum
     options |= {"every": config.rewire_every, "end": end_of(config, steps_per_epoch)}
     return method(config.method, config.sparsity, **options)
 
@@ -244,10 +251,23 @@ def end_of(config: ConfigDict, steps_per_epoch: int) -> int:
     return end
 
 
-def unread_fields(config: ConfigDict) -> set[str]:
-    """Fields of a resolved config that its method never reads."""
-    row = Method(config.method, config.sparsity)._replace(**ROWS[config.method])
-    ignored = unread(row._replace(initial=config.initial_sparsity))
+def never_read(config: Mapping[str, Any]) -> set[str]:
+    """Fields that a run of this resolved config's model and method never reads."""
+    fields = {"hidden"} if config["model"] != "mlp" else {"depth", "width"}
+    if config["model"] == "vgg":
+        fields.add("depth")
+    if "drop" not in ROWS[config["method"]]:
+        fields |= {"rewire_every", "rewire_end_epoch"}
+    if config["method"] == "dense":
+        fields.add("sparsity")
+    return fields | unread_fields(config)
+
+
+def unread_fields(config: Mapping[str, Any]) -> set[str]:
+    """Fields of a resolved config that its method never reads, the schedule aside."""
+    name = config["method"]
+    row = Method(name, config["sparsity"])._replace(**ROWS[name])
+    ignored = unread(row._replace(initial=config["initial_sparsity"]))
     fields = {field for field, name in FIELDS.items() if name in ignored}
     if row.before not in ("snip", "grasp", "grasp_abs"):
         fields.add("score_batches")

@@ -1,8 +1,8 @@
 """What a method remembers between steps, beside masks and weights: `SparseState.method`.
 
-A dict of what the method needs, empty for most: SNFS's momentum of every possible connection, DSR's
-threshold, DeepR's signs, ITOP's connections that ever existed; and the mark of a state that has all
-connections, but may not train with them.
+A dict of what the method needs, empty for most: SNFS's momentum of every possible connection and
+its decay, DSR's threshold, DeepR's signs, ITOP's connections that ever existed; and the mark of a
+state that has all connections, but may not train with them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dst.methods import Method
 Array = jax.Array
 Own = Mapping[str, Any]
 
-DECAY = 0.9  # of SNFS's momentum: that of the paper's SGD
 THRESHOLD, TOLERANCE = 1e-3, 0.1  # H at the start and delta of DSR (Mostafa and Wang, 2019)
 
 
@@ -39,6 +38,7 @@ def first_memory(
     own: dict[str, Any] = {}
     if method.score == "momentum":
         own["momentum"] = jax.tree.map(jnp.zeros_like, dict(kernels))
+        own["decay"] = jnp.float32(method.momentum)
     if method.drop == "threshold":
         own["threshold"] = jnp.float32(THRESHOLD)
     if method.drop == "sign":
@@ -74,7 +74,7 @@ def follow(own: Own, gradients: Mapping[str, Array]) -> Own:
     """After a step: momentum v <- mu v + g of every possible connection, not of the active only."""
     if "momentum" not in own:
         return own
-    momentum = {path: DECAY * v + gradients[path] for path, v in own["momentum"].items()}
+    momentum = {path: own["decay"] * v + gradients[path] for path, v in own["momentum"].items()}
     return {**own, "momentum": momentum}
 
 

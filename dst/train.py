@@ -67,10 +67,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 
 def check_alike(config: ConfigDict) -> None:
-    """Errors: ConfigError in every process if their configs differ."""
+    """Errors: ConfigError in every process if their configs differ.
+
+    Each may have the data in a folder of its own; the other fields say what all of them compute.
+    """
     first, *others = hosts.gather(config.to_dict())
     for process, other in enumerate(others, 1):
-        difference = checkpoint.first_difference(first, other)
+        difference = checkpoint.first_difference(first, other, ("data_dir",))
         if difference:
             field, was, now = difference
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,11 @@ from dst.state import SparseState, kernels_of, masks_of, with_kernels
 Array = jax.Array
 AXIS = "devices"
 
-# loss(apply, batch) -> (mean loss, {metric: scalar}); apply(*inputs) runs the model in train mode.
+# loss(apply, batch) -> (mean loss, {metric: mean}), of a device's rows of the batch; apply(*inputs)
+# runs the model in train mode. What the devices give is averaged, all alike: for plain means over
+# rows that is the mean over the batch. A loss that divides by a sum of its own (weights, a mask)
+# would give the mean of the devices' ratios: let it divide by that sum's mean over the devices,
+# jax.lax.pmean(weights.sum(), AXIS). Metrics are means too: of a count, that of a device.
 Loss = Callable[[Callable[..., Any], Any], tuple[Array, Mapping[str, Array]]]
 
 # Every use of randomness in a step folds its own constant into fold_in(key, step).
@@ -94,9 +99,11 @@ def run_loss(
 ) -> tuple[Array, _Run]:
     """The loss on one batch, in train mode; `state` stays, new statistics come back."""
     updated: dict[str, Any] = {}
-    rngs = {"dropout": jax.random.fold_in(stream(state, DROPOUT_STREAM), jax.lax.axis_index(AXIS))}
+    key = jax.random.fold_in(stream(state, DROPOUT_STREAM), jax.lax.axis_index(AXIS))
+    calls = itertools.count()  # a loss may run the model several times, each with its own dropout
 
     def apply(*args, **kwargs):
+        rngs = {"dropout": jax.random.fold_in(key, next(calls))}
         collections = {**state.batch_stats, **updated, **(extra or {})}
         mutable = list(state.batch_stats)
         outputs, new = forward(
@@ -115,6 +122,7 @@ def run_loss(
 
     value, metrics = loss(apply, batch)
     value = value.astype(jnp.float32)
+    metrics = jax.tree.map(inexact, metrics)
     return value, _Run(value, metrics, {**state.batch_stats, **updated})
 
 
@@ -125,10 +133,26 @@ def mask_kernels(params: Any, masks: Mapping[str, Array]) -> Any:
 
 
 def average(leaf: Array) -> Array:
-    """Mean over the devices; integers, such as a model's own counters, are equal on all."""
-    if jax.lax.axis_size(AXIS) == 1:
+    """Mean over the devices, of its own type: integers are rounded down, a bool is that of any.
+
+    So what is equal on all, as a model's own counters are, stays what it is.
+    """
+    devices = jax.lax.axis_size(AXIS)
+    if devices == 1:
         return leaf  # XLA would copy it
+    if leaf.dtype == jnp.bool_:
+        return jax.lax.psum(leaf.astype(jnp.int32), AXIS) > 0
+    if jnp.issubdtype(leaf.dtype, jnp.integer):  # in two parts, or the sum may overflow
+        whole, rest = jnp.divmod(leaf, devices)
+        return jax.lax.psum(whole, AXIS) + jax.lax.psum(rest, AXIS) // devices
     return jax.lax.pmean(leaf, AXIS) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
+
+def inexact(metric: Any) -> Array:
+    """A metric as a float, for its mean over devices to be one: counts and bools as float32."""
+    metric = jnp.asarray(metric)
+    floats = jnp.issubdtype(metric.dtype, jnp.inexact)
+    return metric if floats else metric.astype(jnp.float32)
 
 
 def all_finite(tree: Any) -> Array:
@@ -182,6 +206,8 @@ def make_update(
     """The jitted update step: (state, batch) -> (state, metrics), on all `devices`.
 
     `batch` is any pytree of arrays (B, ...), split over the devices; B must be divisible by them.
+    Loss and metrics are means over the devices, each of its own rows: see `Loss` for one that
+    divides by weights.
     With `donate` the new state takes the memory of the old one, which is then gone.
     Weights, gradients and moments of inactive connections are exactly 0 before and after.
     """

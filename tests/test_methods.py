@@ -35,6 +35,7 @@ BAD = {
     "last_fraction": [-0.1, 1.1],
     "subset_of": ["layer", None],
     "explored": [1, None],
+    "momentum": [1.0, -0.1, "much"],
     "heuristic": ["nope", ""],
     "score": ["magnitude", None],
     "drop_fraction": [-0.1, 1.1, math.nan],

@@ -87,7 +87,7 @@ def by_hand(run):
         state, _ = checkpoint.restore_step(manager, 15, built.state, config.to_dict())
     digits = data.load("digits", "", 0)
     n = len(digits.train_labels)
-    order = jax.random.permutation(jax.random.fold_in(state.key, 1), jnp.arange(n))
+    order = data.epoch_order(state.key, 1, n)
     chosen = np.asarray(order)[4 * 128 : 5 * 128]  # step 15 is the fifth of epoch 1
     x = (digits.train_images[chosen].reshape(128, 64) / 255 - digits.mean[0]) / digits.std[0]
     labels = digits.train_labels[chosen]

@@ -198,3 +198,25 @@ def test_infinite_gradient_of_a_finite_loss_is_reported():
     )
     _, metrics = update(state, jnp.ones((1, 3)))
     assert float(metrics["loss"]) == 0 and not bool(metrics["finite"])
+
+
+class Dropped(nn.Module):
+    """A Dense layer of what dropout leaves."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=False)(x))
+
+
+def test_every_call_of_the_model_has_its_own_dropout():
+    """As a loss needs that compares two of them; the same step gives the same again."""
+
+    def apart(apply, x):
+        first, second = apply(x), apply(x)
+        return first.mean(), {"apart": jnp.abs(first - second).max()}
+
+    net = dst.network(Dropped(), jnp.ones((1, 8)))
+    state = dst.init_state(net, SGD, dst.method("random", 0.5), jax.random.key(0))
+    update = dst.make_update(net, SGD, apart, devices=one())
+    found = [float(update(state, jnp.ones((4, 8)))[1]["apart"]) for _ in range(2)]
+    assert found[0] == found[1] > 0
