@@ -113,6 +113,55 @@ def test_lifted_and_shared_layers_agree(tier):
     assert int(report["grown"]) > 0
 
 
+class Teacher(nn.Module):
+    """Its layers have the paths of `Distilled`'s own."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(6)(x))
+        return nn.Dense(5)(x)
+
+
+class Distilled(nn.Module):
+    """A model that calls another one on variables of its own, before and after its layers."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        wide = {"kernel": np.eye(7, 6, dtype=np.float32), "bias": np.ones(6, np.float32)}
+        narrow = {"kernel": np.eye(6, 5, dtype=np.float32), "bias": np.ones(5, np.float32)}
+        teacher = lambda: Teacher().apply({"params": {"Dense_0": wide, "Dense_1": narrow}}, x)  # noqa: E731
+        h = nn.relu(nn.Dense(12)(jnp.concatenate([x, teacher()], -1)))
+        return nn.Dense(5)(h) + teacher()
+
+
+@pytest.mark.parametrize(
+    "options", [{"name": "gse"}, {"name": "rigl", "growth_memory": "streamed"}]
+)
+def test_layers_of_another_model_are_not_taken_for_the_models_own(options, tmp_path):
+    """Of the same paths; through the predictions, the update and both kinds of rewire."""
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(8, 7)).astype(np.float32), rng.integers(5, size=8)
+    method = dst.method(sparsity=0.5, every=2, end=9, **options)
+    states = []
+    for execution in ("masked", "sparse"):
+        net = dst.network(Distilled(), jnp.zeros((1, 7)), execution=execution)
+        assert {p: layer.shape for p, layer in net.layers.items()} == {
+            "Dense_0": (12, 12), "Dense_1": (12, 5)
+        }  # fmt: skip
+        state = dst.init_state(net, tiny.SGD, method, jax.random.key(1))
+        update = dst.make_update(net, tiny.SGD, tiny.loss, devices=ONE)
+        state, _ = update(state, data)
+        dst.export(net, state, tmp_path / "net.npz")
+        expected = Distilled().apply(dst.load(tmp_path / "net.npz"), data[0])
+        close(dst.predictor(net, state)(data[0]), expected)
+        rewire = dst.make_rewire(net, tiny.SGD, method, tiny.loss, devices=ONE)
+        state, report = rewire(state, data)
+        assert int(report["grown"]) > 0
+        states.append(state)
+    if method.name == "rigl":  # which draws nothing
+        close(dense(states[0]), dense(states[1]))
+
+
 # ----------------------------------------------------------------------------------- its memory
 class Wide(nn.Module):
     """An MLP whose hidden layers' dense kernels dwarf everything else."""
