@@ -157,6 +157,6 @@ def init_rest(net: Network, key: Array) -> dict[str, Any]:
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), net.args)
         with nn.intercept_methods(without_kernels):
             variables = flax.core.unfreeze(net.model.init(key, *zeros, **net.kwargs))
-        return without(variables, net.sown)
+        return without(nn.meta.unbox(variables), net.sown)
 
     return {"params": {}, **init(key)}

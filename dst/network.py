@@ -15,7 +15,7 @@ from flax import traverse_util
 from jax import lax
 
 from dst.config import ConfigError, check_field, quoted
-from dst.obstacle import obstacle, pair, unlike_float32
+from dst.obstacle import mapped, obstacle, pair, unlike_float32
 from dst.sown import Path, sown
 
 LOGGER = logging.getLogger("dst")
@@ -158,7 +158,6 @@ def network(
 def _discover(model, shapes, kwargs, sparse) -> tuple[dict[str, Layer | None], dict[str, Any]]:
     """{path: layer, or None if `sparse` leaves it out} in call order, and the variables' shapes."""
     found: dict[str, Layer | None] = {}
-    norms: list[nn.Module] = []  # the WeightNorms and SpectralNorms around the current call
     foreign: set[str] = set()
 
     def record(module, h):
@@ -169,11 +168,7 @@ def _discover(model, shapes, kwargs, sparse) -> tuple[dict[str, Layer | None], d
             found[path] = None
         elif not path:
             _refuse(path, "it has no path; put a model that is one layer into a module")
-        elif why := (
-            obstacle(module)
-            or (norms and "its kernel is reparameterised by a norm")
-            or unlike_float32(module)
-        ):
+        elif why := obstacle(module) or mapped(module) or unlike_float32(module):
             _refuse(path, why)
         else:
             found.setdefault(path, describe(module, h))
@@ -182,13 +177,7 @@ def _discover(model, shapes, kwargs, sparse) -> tuple[dict[str, Layer | None], d
         module = context.module
         if context.method_name == "__call__" and is_layer(module):
             record(module, arguments[0] if arguments else keywords["inputs"])
-        if not isinstance(module, nn.WeightNorm | nn.SpectralNorm):
-            return next_fun(*arguments, **keywords)
-        norms.append(module)
-        try:
-            return next_fun(*arguments, **keywords)
-        finally:
-            norms.pop()
+        return next_fun(*arguments, **keywords)
 
     # Without jit: a layer under nn.jit that was traced before would not be seen.
     with nn.intercept_methods(discover), jax.disable_jit():
@@ -206,7 +195,7 @@ def _refuse(path: str, why: str) -> NoReturn:
 
 def _abstract_init(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     init = lambda *a: model.init(jax.random.key(0), *a, **kwargs)  # noqa: E731
-    return flax.core.unfreeze(jax.eval_shape(init, *args))
+    return nn.meta.unbox(flax.core.unfreeze(jax.eval_shape(init, *args)))
 
 
 def _refuse_size(net: Network, params: Mapping[str, Any]) -> None:

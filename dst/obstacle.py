@@ -77,6 +77,16 @@ def _conv_obstacle(module: nn.Conv) -> str | None:
     return None
 
 
+def mapped(module: Any) -> str | None:
+    """Why this layer's kernel is not the model's parameter; None if it is.
+
+    `nn.WeightNorm` and `nn.SpectralNorm` map variables too. Nothing but Flax's path says so.
+    """
+    if not any("map_variables(" in part for part in module.scope.debug_path):
+        return None
+    return "its kernel is reparameterised by a norm or by nn.map_variables"
+
+
 def unlike_float32(module: Any) -> str | None:
     """Why this layer's kernel cannot be `dst`'s, which is float32; None if it can."""
     dtype = jnp.dtype(module.param_dtype)

@@ -7,8 +7,10 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
+import dst
 from dst import obstacle
 from dst.config import ConfigError
 from dst.network import network
@@ -144,6 +146,10 @@ def vmapped(axis):
     return body
 
 
+def signs(variables):
+    return jax.tree.map(jnp.sign, variables)
+
+
 def tied(use_bias, read):
     def body(module, x):
         a = nn.Dense(3, use_bias=use_bias, name="a")
@@ -190,6 +196,14 @@ REFUSED = {
     "spectral norm": (
         lambda m, x: nn.SpectralNorm(nn.Conv(3, (1, 1), name="a"))(x, update_stats=True),
         "'a'.*by a norm",
+    ),
+    "mapped": (
+        lambda m, x: nn.map_variables(nn.Dense, "params", signs, init=True)(3, name="a")(x),
+        "'a'.*by nn.map_variables",
+    ),
+    "mapped block": (
+        lambda m, x: nn.map_variables(Cell, "params", signs, init=True)(name="a")(x, x)[0],
+        "'a/inner'.*by nn.map_variables",
     ),
     "subclass": (layer(lambda: Doubled(3, name="a")), "'a'.*Doubled overrides __call__"),
     "tied": (tied(True, lambda m, a: m.variables["params"]["a"]["kernel"]), "tying"),
@@ -246,6 +260,20 @@ def test_every_field_of_flax_is_accounted_for(monkeypatch):
     network(Model(layer(lambda: nn.Dense(3, name="a"))), ROWS)
     with pytest.raises(ConfigError, match=r"'a'.*precision 'high', which dst does not know"):
         network(Model(layer(lambda: nn.Dense(3, precision="high", name="a"))), ROWS)
+
+
+@pytest.mark.parametrize("execution", ["masked", "sparse"])
+def test_annotations_for_other_meshes_are_left_out(execution):
+    """`nn.with_partitioning` puts variables into boxes, which `dst` has no use for."""
+    boxed = lambda f: nn.with_partitioning(f, ("model",))  # noqa: E731
+    zeros, ones = boxed(nn.initializers.zeros), boxed(nn.initializers.ones)
+    body = lambda m, x: nn.Dense(3, bias_init=ones, kernel_init=zeros)(  # noqa: E731
+        nn.Conv(2, (3, 3), kernel_init=zeros, name="dense")(x)
+    )
+    net = network(Model(body), IMAGE, sparse=lambda path: path != "dense", execution=execution)
+    state = dst.init_state(net, optax.adam(1e-3), dst.method("set", 0.5), jax.random.key(0))
+    assert dst.predictor(net, state)(jnp.ones(IMAGE.shape)).shape == (2, 8, 8, 3)
+    assert state.params["Dense_0"]["bias"].shape == (3,)
 
 
 def own_kernel(module, x):
