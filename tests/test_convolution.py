@@ -1,7 +1,5 @@
 """The CPU's own convolution equals XLA's, forwards and backwards."""
 
-import re
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +7,7 @@ import numpy as np
 import pytest
 
 from dst.convolution import faster
+from tests.executions import precisions
 
 CASES = [
     dict(kernel_size=(3, 3)),
@@ -98,7 +97,5 @@ def test_the_modules_precision_is_asked_for(strides):
         with nn.intercept_methods(faster):
             return layer.apply(variables, x).sum()
 
-    products = re.findall(
-        r"precision=(.*)", str(jax.make_jaxpr(jax.grad(value, argnums=(0, 1)))(variables, x))
-    )
-    assert len(products) >= 3 and all("HIGHEST" in product for product in products)
+    products = precisions(jax.make_jaxpr(jax.grad(value, argnums=(0, 1)))(variables, x))
+    assert len(products) >= 3 and all("HIGHEST" in str(product) for product in products)

@@ -161,3 +161,26 @@ def test_a_variable_that_only_the_loss_makes_is_refused():
     assert set(init_rest(network(Late(), data()[0], train=True), jax.random.key(0))["seen"]) == {
         "always", "late"
     }  # fmt: skip
+
+
+class Noisy(nn.Module):
+    """Draws from a stream of its own, called as an argument of `dst` is."""
+
+    @nn.compact
+    def __call__(self, x, params=0.0):
+        return nn.Dense(10)(x + params + jax.random.normal(self.make_rng("noise"), x.shape))
+
+
+def test_a_loss_gives_the_model_streams_of_its_own_and_any_argument():
+    net = network(Noisy(), data()[0])
+    state = dst.init_state(net, TX, dst.method("set", 0.5), jax.random.key(0))
+
+    def noisy(apply, batch):
+        key = jax.random.key(1)
+        return entropy(apply(batch[0], params=1.0, rngs={"noise": key}), batch[1]), {}
+
+    _, metrics = dst.make_update(net, TX, noisy, devices=ONE)(state, data())
+    logits = Noisy().apply(
+        {"params": state.params}, data()[0], 1.0, rngs={"noise": jax.random.key(1)}
+    )
+    np.testing.assert_allclose(metrics["loss"], entropy(logits, data()[1]), rtol=1e-5)

@@ -14,7 +14,7 @@ from dst import rewire as masked_rewire
 from dst.execution import forward
 from dst.heuristics import synaptic_flow
 from tests import tiny
-from tests.executions import ADAMW, ONE, both, check_arena, close, dense, structure
+from tests.executions import ADAMW, ONE, both, check_arena, close, dense, precisions, structure
 
 
 # ------------------------------------------------------------------------------------ the start
@@ -111,6 +111,25 @@ def test_lifted_and_shared_layers_agree(tier):
     state, report = rewire(states[1], data)
     check_arena(state, states[1].masks.column.size)
     assert int(report["grown"]) > 0
+
+
+class Precise(nn.Module):
+    """As on an accelerator, whose products are of TF32 or bfloat16 unless asked for more."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(3, (3, 3), precision="highest")(x))
+        return nn.Dense(2, precision="highest")(x.reshape(len(x), -1))
+
+
+def test_a_modules_precision_reaches_every_product(tier):
+    """Of the forward and the backward pass: whatever is a product says so."""
+    net = dst.network(Precise(), jnp.zeros((1, 4, 4, 2)), execution="sparse")
+    state = dst.init_state(net, tiny.SGD, dst.method("set", 0.5), jax.random.key(0))
+    x = jnp.ones((2, 4, 4, 2))
+    run = lambda p, x: forward(net, p, state.masks, {}, x).sum()  # noqa: E731
+    products = precisions(jax.make_jaxpr(jax.grad(run, argnums=(0, 1)))(state.params, x))
+    assert len(products) >= 3 and all("HIGHEST" in str(product) for product in products)
 
 
 class Teacher(nn.Module):
