@@ -118,7 +118,8 @@ def run_loss(
     own = {"dropout": jax.random.fold_in(stream(state, DROPOUT_STREAM), jax.lax.axis_index(AXIS))}
     ours = ["params", VALUES, *(extra or {})]
 
-    def apply(*args, mutable: Any = False, rngs: Mapping[str, Array] | None = None, **kwargs):
+    def apply(*args, mutable: Any = False, rngs: Any = None, **kwargs):
+        rngs = rngs if rngs is None or isinstance(rngs, Mapping) else {"params": rngs}
         written = subtract_filters(union_filters(mutable, list(state.batch_stats)), ours)
         outputs, new = forward(
             net,
