@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import runpy
+import textwrap
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +35,11 @@ Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed; what is,
 
 class ConfigError(ValueError):
     """A mistake of the user's, told in one sentence that says what is allowed; exit code 2."""
+
+
+def quoted(error: BaseException) -> str:
+    """Another's error within a sentence: its type and text, on one line and not too long."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
 
 
 def default() -> ConfigDict:

@@ -266,8 +266,8 @@ def never_read(config: Mapping[str, Any]) -> set[str]:
 def unread_fields(config: Mapping[str, Any]) -> set[str]:
     """Fields of a resolved config that its method never reads, the schedule aside."""
     name = config["method"]
-    row = Method(name, config["sparsity"])._replace(**ROWS[name])
-    ignored = unread(row._replace(initial=config["initial_sparsity"]))
+    row = Method(name, 0.0)._replace(**ROWS[name])
+    ignored = unread(row._replace(initial=config.get("initial_sparsity", row.initial)))
     fields = {field for field, name in FIELDS.items() if name in ignored}
     if row.before not in ("snip", "grasp", "grasp_abs"):
         fields.add("score_batches")

@@ -95,7 +95,8 @@ def add_bias(y: Array, bias: Array) -> Array:
 
 def _bias_backward(_, delta):
     # A product with ones: for a sum, XLA would transpose all of delta first.
-    return delta, delta @ jnp.ones(delta.shape[1], delta.dtype)
+    ones = jnp.ones(delta.shape[1], delta.dtype)
+    return delta, jnp.matmul(delta, ones, precision=lax.Precision.HIGHEST)
 
 
 add_bias.defvjp(lambda y, bias: (add_bias(y, bias), None), _bias_backward)
@@ -158,7 +159,8 @@ def _backward(part: Part, values: Array, arena: Arena, h: Array, delta: Array, g
         dh, gradient = carry
         seen = delta[o]
         dh = dh.at[i].add(value[:, None] * seen)
-        return dh, _add_at(gradient, at, ((h[i] * seen) @ ones)[:, 0])
+        total = jnp.matmul(h[i] * seen, ones, precision=lax.Precision.HIGHEST)
+        return dh, _add_at(gradient, at, total[:, 0])
 
     return over_connections(part, values, arena, add, (jnp.zeros_like(h), gradient))
 

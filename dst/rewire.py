@@ -43,6 +43,7 @@ from dst.update import (
     all_finite,
     mask_kernels,
     parallel,
+    placer,
     split_batch,
     stream,
 )
@@ -187,8 +188,10 @@ def make_rewire(
     body = rewire_body(net, tx, method, loss)
     step = parallel(body, (None, 0, None), devices, (0,) if donate else ())
     measure = host_heuristic(net, method, loss)
+    place = placer(devices)
 
     def rewire(state: SparseState, batch: Any):
+        state = place(state)
         return step(state, split_batch(batch, devices), measure(state, batch))
 
     return rewire

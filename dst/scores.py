@@ -239,7 +239,13 @@ def cooled(loss: Loss, temperature: float) -> Loss:
     def divide(leaf: Array) -> Array:
         return leaf / temperature if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return lambda apply, batch: loss(lambda *a, **k: jax.tree.map(divide, apply(*a, **k)), batch)
+    def run(apply: Callable, *args, mutable: Any = False, **kwargs):
+        outputs = apply(*args, mutable=mutable, **kwargs)
+        if mutable is False:
+            return jax.tree.map(divide, outputs)
+        return jax.tree.map(divide, outputs[0]), outputs[1]  # what the model sows stays as it is
+
+    return lambda apply, batch: loss(functools.partial(run, apply), batch)
 
 
 # ----------------------------------------------------------------------------------------- SynFlow

@@ -29,7 +29,7 @@ class MLP(nn.Module):
     def __call__(self, x):
         normal, dtype = nn.initializers.normal(), self.param_dtype
         h = nn.relu(nn.Dense(self.hidden, param_dtype=dtype, bias_init=normal)(x))
-        return nn.Dense(self.classes, param_dtype=dtype)(h)
+        return nn.Dense(self.classes)(h)  # a sparse layer's kernel is float32
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from dst.methods import resolve
 from dst.plan import plan
 from dst.remember import TOLERANCE
 from dst.schedules import cubic_sparsity, largest_remainder
-from dst.steps import method_of
+from dst.methods import method_of
 from tests import tiny
 
 ONE = jax.local_devices()[:1]
