@@ -17,15 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dst import kernels
 from dst.arena import Part
-from dst.hashing import hashed, salts
+from dst.hashing import hashed, mix, salts
+from dst.products import on_cpu
 from dst.select import lowest
 from dst.units import scaled, unit_at
 
 Array = jax.Array
 Exists = Callable[[Array, Array], Array]  # (column, output) -> whether there is a connection
 
-LAST = np.uint32(2**32 - 1)
+LAST, GOLDEN = np.uint32(2**32 - 1), np.uint32(0x9E3779B9)
 PILOT = 2**13  # draws that tell how many arrivals are repeats or active
 PILOT_STREAM, SALT_STREAM = 2**31 - 1, 2**31 - 2  # of a layer's key, beside its buckets'
 STEP = 1.1  # between the rates that the pilot compares
@@ -97,37 +99,55 @@ def _bucket(layer: Large, b: Array, a: Array) -> tuple[Array, Array]:
 
 
 def _arrivals(layer: Large, b: Array, a: Array, b_end: Array, a_end: Array) -> Pairs:
-    """What arrives in outputs b to b_end - 1 and columns a to a_end - 1, drawn from their own key.
-
-    A pair of n arrivals is first seen at the least of n uniform times, 1 - (1 - u)^(1/n) for one
-    uniform u: that of the pair's own hash, so that times are not sorted with the pairs.
-    """
+    """What arrives in outputs b to b_end - 1 and columns a to a_end - 1: a draw of their own."""
     key = jax.random.fold_in(jax.random.fold_in(layer.key, b), a)
     expected = layer.rate * _share(layer.g, b, b_end) * _share(layer.f, a, a_end)
     # Poisson numbers are written for one kind of key only.
     seed = jax.random.bits(jax.random.fold_in(key, 0), (), jnp.uint32)
     count = jax.random.poisson(jax.random.key(seed, impl="threefry2x32"), expected)
     random = jax.random.bits(jax.random.fold_in(key, 1), (2, layer.chunk), jnp.uint32)
+    bounds = jnp.stack([b, b_end, a, a_end])
+    given = random, jnp.minimum(count, layer.chunk), bounds, layer.f, layer.g, layer.salt
+    if on_cpu():
+        column, output, time, valid = kernels.arrivals(*given, layer.part.block)
+    else:
+        column, output, time, valid = pairs_of(*given, layer.part.block)
+    return Pairs(layer.l, column, output, time, valid & ~layer.exists(column, output))
+
+
+def pairs_of(
+    random: Array, count: Array, bounds: Array, f: Array, g: Array, salt: Array, block: int
+) -> tuple[Array, Array, Array, Array]:
+    """Column, output, time and validity of a bucket's distinct pairs, of `count` that arrive.
+
+    A pair's first arrival is the least of as many uniform times as it has arrivals, made from its
+    own hash, so that times are not sorted with the pairs; of 256 of them none will matter.
+    """
+    n, (b, b_end, a, a_end) = random.shape[1], bounds
     (g0, g1), (f0, f1) = (
-        (_before(c, n), _before(c, end)) for c, n, end in ((layer.g, b, b_end), (layer.f, a, a_end))
+        (_before(c, i), _before(c, end)) for c, i, end in ((g, b, b_end), (f, a, a_end))
     )
-    output = unit_at(layer.g, g0 + scaled(random[0], g1 - g0))
-    column = unit_at(layer.f, f0 + scaled(random[1], f1 - f0))
-    rows, width = (b_end - b).astype(jnp.uint32), np.uint32(layer.part.block)
+    output = unit_at(g, g0 + scaled(random[0], g1 - g0))
+    column = unit_at(f, f0 + scaled(random[1], f1 - f0))
+    rows, width = (b_end - b).astype(jnp.uint32), np.uint32(block)
     number = numbered(column, output - b, rows, width)
-    number = lax.sort(jnp.where(jnp.arange(layer.chunk) < count, number, LAST), is_stable=False)
+    number = lax.sort(jnp.where(jnp.arange(n) < count, number, LAST), is_stable=False)
     first = jnp.append(jnp.ones(1, bool), number[1:] != number[:-1])
-    index = jnp.arange(layer.chunk, dtype=jnp.int32)
-    following = jnp.append(jnp.where(first, index, layer.chunk)[1:], layer.chunk)
-    times = lax.cummin(following, reverse=True) - index
-    column, output = pair_of(number, rows, width)
-    column, output = jnp.minimum(column, layer.part.n_in - 1), jnp.minimum(output, rows - 1) + b
-    valid = first & (number != LAST) & ~layer.exists(column, output)
-    u = hashed(layer.salt[output], column)
-    exact = (u.astype(jnp.float32) + 0.5) * np.float32(2.0**-32)
-    least = -jnp.expm1(jnp.log1p(-jnp.minimum(exact, 1 - 2.0**-24)) / times)
-    sooner = (jnp.minimum(least, 1 - 2.0**-24) * np.float32(2.0**32)).astype(jnp.uint32)
-    return Pairs(layer.l, column, output, jnp.where(times > 1, sooner, u), valid)
+    at = jnp.where(first, jnp.cumsum(first, dtype=jnp.int32) - 1, n)
+    # The distinct ones to the front, and where each begins.
+    begin = jnp.full(n + 1, n, jnp.int32).at[at].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
+    number = jnp.append(number, LAST)[begin[:n]]
+    valid, times = number != LAST, jnp.minimum(jnp.diff(begin), 256)
+    column, row = pair_of(number, rows, width)
+    column, output = jnp.where(valid, column, a), jnp.where(valid, row, 0) + b
+    hashes = hashed(salt[output], column)
+
+    def another(j: Array, least: Array) -> Array:
+        again = mix(hashes + j.astype(jnp.uint32) * GOLDEN)
+        return jnp.where(j < times, jnp.minimum(least, again), least)
+
+    time = lax.fori_loop(1, jnp.where(valid, times, 0).max(), another, hashes)
+    return column, output, jnp.where(valid, time, 0), valid
 
 
 def numbered(column: Array, row: Array, rows: Any, width: Any) -> Array:

@@ -33,8 +33,8 @@ from dst.select import (
     best,
     bits,
     exchange,
+    exists,
     hashes_of,
-    locate,
     lowest,
     nothing,
     protected,
@@ -167,8 +167,8 @@ def searching(
         def row(column: Array, output: Array) -> Array:
             return first + column // part.block * part.n_out + output
 
-        def exists(column: Array, output: Array) -> Array:
-            return locate(arena, part.block, row(column, output), column)[1]
+        def there(column: Array, output: Array) -> Array:
+            return exists(arena, part.block, row(column, output), column)
 
         def visit(carry: tuple[Found, Array], pairs: Pairs, chosen: Array):
             found, finite = carry
@@ -185,7 +185,7 @@ def searching(
             (f[m], g[m]),
             wanted[l],
             arena.counts()[l],
-            exists,
+            there,
             visit,
             (tally.found, tally.finite),
         )
@@ -210,8 +210,8 @@ def by_chance(net: Network, method: Method, planned: Plan) -> Callable:
         def row(l: Array, column: Array, output: Array) -> Array:
             return first[l] + column // block[l] * n_out[l] + output
 
-        def exists(l: Array, column: Array, output: Array) -> Array:
-            return locate(arena, longest, row(l, column, output), column)[1]
+        def there(l: Array, column: Array, output: Array) -> Array:
+            return exists(arena, longest, row(l, column, output), column)
 
         def visit(found: Found, pairs: Pairs, chosen: Array) -> Found:
             rows = row(pairs.l, pairs.column, pairs.output)
@@ -223,7 +223,7 @@ def by_chance(net: Network, method: Method, planned: Plan) -> Callable:
         groups, key = alike(arena.parts), stream(state, REWIRE_STREAM)
         K = jnp.int32(arena.column.size)
         found, count = fold_by_chance(
-            how.chunk, most, groups, arena.parts, key, P, K, exists, visit, empty
+            how.chunk, most, groups, arena.parts, key, P, K, there, visit, empty
         )
         return Tally(found, P, count, jnp.bool_(True))
 

@@ -32,6 +32,8 @@ HANDLERS = {
     "dst_best": "DstBest",
     "dst_exchange": "DstExchange",
     "dst_move": "DstMove",
+    "dst_arrivals": "DstArrivals",
+    "dst_exists": "DstExists",
 }
 THREADS = 0  # those of XLA's pool, if the work is worth it; tests ask for a number
 
@@ -140,6 +142,27 @@ def exchange(
     call = _kernel("dst_exchange", (_like(column), _like(pointer), _like(column)))
     column, pointer, source = call(dropped, column, pointer, grown_row, grown_column, k)
     return column, pointer, source
+
+
+def arrivals(
+    random: Array, count: Array, bounds: Array, f: Array, g: Array, salt: Array, block: int
+) -> tuple[Array, Array, Array, Array]:
+    """Column, output, time and validity of a bucket's distinct pairs, as `arrivals.pairs_of`.
+
+    Shapes: random uint32 (2, n), count int32 () <= n, bounds int32 (4,): first output and the end,
+    first column and the end; cumulative shares f, g and salt uint32 -> int32, uint32, bool (n,).
+    """
+    n = random.shape[1]
+    shapes = [jax.ShapeDtypeStruct((n,), t) for t in (jnp.int32, jnp.int32, jnp.uint32, jnp.bool_)]
+    call = _kernel("dst_arrivals", shapes)
+    column, output, time, valid = call(random, count, bounds, f, g, salt, block=np.int64(block))
+    return column, output, time, valid
+
+
+def exists(column: Array, pointer: Array, row: Array, wanted: Array) -> Array:
+    """Whether the arena has (row, wanted column): int32 (n,), int32 (n,) -> bool (n,)."""
+    call = _kernel("dst_exists", jax.ShapeDtypeStruct(row.shape, jnp.bool_))
+    return call(column, pointer, row, wanted)
 
 
 def move(leaf: Array, source: Array) -> Array:

@@ -26,10 +26,14 @@ Array = jax.Array
 CHUNK = 1024  # connections a step of the pure tier: 2 x 1024 rows of 128 float32 are 1 MiB
 
 
+def on_cpu() -> bool:
+    """Whether the C++ kernels run here: on a CPU, if they were built."""
+    return jax.default_backend() == "cpu" and kernels.available()
+
+
 def compiled(values: Array) -> bool:
-    """Whether the C++ kernels compute this: on a CPU, in float32, if they were built."""
-    on_cpu = jax.default_backend() == "cpu"
-    return on_cpu and values.dtype == jnp.float32 and kernels.available()
+    """Whether the C++ kernels compute this: where they run, in float32."""
+    return on_cpu() and values.dtype == jnp.float32
 
 
 def tier() -> str:

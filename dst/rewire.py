@@ -85,10 +85,11 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         ties = lambda: hashes_at(net, key, everywhere)  # noqa: E731
         survivors = A & ~weakest(w, eligible, dropped, ties)
         weights = layer_weights(method, state, survivors)
-        if weights is None:
-            A = survivors | grown(net, S, grow, most, key)
-        else:
-            A = survivors | shared_out(net, S, grow, weights)
+        A = survivors
+        if weights is not None:
+            A |= shared_out(net, S, grow, weights)
+        elif most and method.score:
+            A |= grown(net, S, grow, most, key)
         finite = S.finite & all_finite(kernels_of(state.params, state.masks))
         own = after_rewire(state.method, apart(net, A), wanted, G_t)
         state = reconnect(tx, state, apart(net, A), apart(net, survivors)).replace(method=own)

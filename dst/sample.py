@@ -40,8 +40,8 @@ class Sampling(NamedTuple):
 
 
 def sampling(net: Network, method: Method, planned: Plan) -> Sampling:
-    """The chunk is half of the largest |P|: less memory than what exists."""
-    chunk = int(np.clip(planned.grown.max() // 2, LEAST, MOST))
+    """The chunk is a quarter of the largest |P|: less memory than what exists."""
+    chunk = int(np.clip(planned.grown.max() // 4, LEAST, MOST))
     layers, most = list(net.layers.values()), planned.subset.max(0)
     of_shape: dict[tuple[int, ...], int] = {}  # layers of one shape share one compiled program
     for layer, size in zip(layers, most, strict=True):

@@ -18,7 +18,7 @@ from jax import lax
 from dst import kernels
 from dst.arena import Arena, rows_of
 from dst.hashing import hashed, salts
-from dst.products import compiled
+from dst.products import compiled, on_cpu
 
 Array = jax.Array
 NOWHERE = 2**31 - 1  # the row of an empty entry
@@ -114,6 +114,13 @@ def locate(arena: Arena, longest: int, row: Array, column: Array) -> tuple[Array
     steps = math.ceil(math.log2(longest + 1)) + 1
     low, _ = lax.fori_loop(0, steps, halve, (low, end))
     return low, (low < end) & (columns[jnp.minimum(low, columns.size - 1)] == column)
+
+
+def exists(arena: Arena, longest: int, row: Array, column: Array) -> Array:
+    """Whether there is a connection at (row, column), as `locate` tells: bool (n,)."""
+    if on_cpu():
+        return kernels.exists(arena.column, arena.pointer, row, column)
+    return locate(arena, longest, row, column)[1]
 
 
 def best(found: Found, new: Found, k: Array, salt: Array) -> Found:

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from dst import arrivals, sample
+from dst import arrivals, kernels, sample
 from dst.arena import Part
 from dst.network import Layer
 from dst.sample import Sampling
 from dst.units import cumulative_shares
 
 SHAPE, CHUNK = (24, 40), 64  # 960 pairs, dozens of buckets and heavy outputs of their own
-TRIALS, GROUPS = 1500, 5  # groups of 8 outputs
+TRIALS, GROUPS = 1000, 5  # groups of 8 outputs
 
 
 class Setting(NamedTuple):
@@ -94,7 +95,7 @@ def test_the_law_is_that_of_successive_draws_without_replacement(size, at_once):
 
     A sampler that gives each output its share would have the frequencies, not the spread.
     """
-    case, known = setting(size), 20_000
+    case, known = setting(size), 10_000
     S = drawn(case, TRIALS, at_once)
     oracle = np.zeros((known, case.mask.size), bool)
     np.put_along_axis(oracle, case.oracle(known), True, axis=1)
@@ -214,3 +215,45 @@ def test_by_chance_every_connection_of_the_network_is_as_likely(dense):
     share, N = free[: start[1]].sum() / free.sum(), free.sum()
     exact = size * share * (1 - share) * (N - size) / (N - 1)  # of the hypergeometric law
     assert abs(in_first.var() / exact - 1) < 5 * np.sqrt(2 / TRIALS)
+
+
+@pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**31 - 1), block=st.sampled_from([24, 7, 1]))
+def test_both_tiers_find_the_same_pairs(seed, block):
+    """To the bit: pairs in order, first arrivals, also of pairs that come hundreds of times."""
+    rng = np.random.default_rng(seed)
+    f, g = (
+        cumulative_shares(jnp.asarray(rng.lognormal(sigma=2, size=n), jnp.float32)) for n in SHAPE
+    )
+    b, a = rng.integers(SHAPE[1]), rng.integers(SHAPE[0])
+    b_end, a_end = rng.integers(b, SHAPE[1]) + 1, rng.integers(a, SHAPE[0]) + 1
+    given = (
+        rng.integers(2**32, size=(2, 500), dtype=np.uint32),
+        np.int32(rng.integers(501)),
+        np.array([b, b_end, a, a_end], np.int32),
+        f,
+        g,
+        rng.integers(2**32, size=SHAPE[1], dtype=np.uint32),
+    )
+    pure = jax.jit(arrivals.pairs_of, static_argnums=6)(*given, block)
+    for one, other in zip(kernels.arrivals(*given, block), pure, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_first_of_several_arrivals_is_the_least_of_as_many_uniform_times():
+    """One pair, n arrivals: the mean of the least is 1 / (n + 1)."""
+    one = cumulative_shares(jnp.ones(1))
+    bounds, random = jnp.array([0, 1, 0, 1]), jnp.zeros((2, 40), jnp.uint32)
+    times = jax.jit(
+        jax.vmap(
+            lambda salt, n: arrivals.pairs_of(random, n, bounds, one, one, salt, 1)[2][0],
+            in_axes=(0, None),
+        )
+    )
+    for n in (1, 2, 5, 40):
+        salt = jax.random.bits(jax.random.key(n), (4000, 1), jnp.uint32)
+        u = np.asarray(times(salt, jnp.int32(n))) / 2.0**32
+        assert abs(u.mean() - 1 / (n + 1)) < 5 * u.std() / np.sqrt(4000)
+        assert stats.kstest(u, lambda x, n=n: 1 - (1 - x) ** n).pvalue > 1e-4

@@ -9,11 +9,10 @@ import pytest
 
 import dst
 from dst.config import default
-from dst.methods import resolve
+from dst.methods import method_of, resolve
 from dst.plan import plan
 from dst.remember import TOLERANCE
 from dst.schedules import cubic_sparsity, largest_remainder
-from dst.methods import method_of
 from tests import tiny
 
 ONE = jax.local_devices()[:1]

@@ -95,7 +95,10 @@ def _compile(target: Path) -> None:
             [*common, *LEVELS[level], f"-DDST_LEVEL={level}", "-c", str(HERE / "kernels.cc")]
             for level in levels
         ]
-        jobs += [[*common, "-c", str(HERE / f"{name}.cc")] for name in ("handlers", "structure")]
+        jobs += [
+            [*common, "-c", str(HERE / f"{name}.cc")]
+            for name in ("handlers", "structure", "arrivals")
+        ]
         outputs = [str(objects / f"{i}.o") for i in range(len(jobs))]
         with ThreadPoolExecutor() as pool:
             list(pool.map(_run, [[*job, "-o", o] for job, o in zip(jobs, outputs, strict=True)]))

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "hashing.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -61,14 +62,6 @@ void each_distinct(Candidates a, Candidates b, const F& f) {
     from.next();
   }
 }
-
-// `mix` and `hashed` of dst/hashing.py.
-uint32_t mix(uint32_t x) {
-  x = (x ^ x >> 16) * 0x7FEB352Du;
-  x = (x ^ x >> 15) * 0x846CA68Bu;
-  return x ^ x >> 16;
-}
-uint32_t hashed(uint32_t salt, int32_t column) { return mix(salt ^ mix(uint32_t(column))); }
 
 bool rows_exist(Candidates list, int64_t rows) {
   for (; !list.end(); list.next()) {
