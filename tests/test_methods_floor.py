@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 import dst
 from dst import train
 from dst.drop import unprotected, weakest
+from dst.hashing import salts
 from dst.plan import floors, plan
 from dst.state import join, kernels_of
+from tests.arenas import hashed
 from tests.test_train import small
 from tests.tiny import active, kernels, loss, setup
 
@@ -82,10 +84,13 @@ def test_what_the_floors_protect_is_not_dropped_whatever_is_asked():
         assert (np.asarray(mask) & np.asarray(new.masks[path])).sum() == least
 
 
+KEY = jax.random.key(5)
+
+
 @jax.jit
 def dropping(keep, params, masks, k):
     """What no floor protects, and the k weakest of it."""
-    loose = unprotected(keep, params, masks)
+    loose = unprotected(keep, params, masks, KEY)
     return loose, weakest(join(kernels_of(params, masks)), loose, k)
 
 
@@ -93,7 +98,8 @@ def oracle(masks, weights, keep, k):
     """The dropped (layer, position) by sorting: the k weakest that no floor protects."""
     free = []
     for l, (A, w) in enumerate(zip(masks, weights, strict=True)):
-        order = sorted(np.flatnonzero(A), key=lambda i: (-abs(w[i]), i))
+        salt = np.asarray(salts(KEY, l, A.size))  # a kernel of one row: of equals the lower hashes
+        order = sorted(np.flatnonzero(A), key=lambda i: (-abs(w[i]), hashed(salt[i], 0)))
         free += [(abs(w[i]), l, i) for i in order[keep[l] :]]
     return {(l, i) for _, l, i in sorted(free)[:k]}
 
