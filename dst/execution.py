@@ -19,7 +19,15 @@ from flax.core import tracers
 from dst.arena import VALUES, Arena, Connections, Part
 from dst.convolution import convolve, faster
 from dst.network import Network, is_layer, layer_path, skipped
-from dst.products import add_bias, expand, frozen_product, product
+from dst.products import (
+    add_bias,
+    convolution,
+    covered,
+    expand,
+    frozen_convolution,
+    frozen_product,
+    product,
+)
 
 Array = jax.Array
 
@@ -115,17 +123,28 @@ def linear(
         if bias is not None:
             y = add_bias(y, bias.astype(y.dtype))
         return y.T.reshape(*h.shape[:-1], part.n_out).astype(h.dtype), values
-    kernel, values = expand(part, values, arena)
-    if frozen:
-        kernel = jax.lax.stop_gradient(kernel)
-    images, kernel = h.reshape(-1, *h.shape[-3:]), kernel.astype(h.dtype)
-    if jax.default_backend() == "cpu":
-        y = convolve(part.layer, images, kernel)
+    images = h.reshape(-1, *h.shape[-3:])
+    if covered(part.layer, values, h):
+        if frozen:
+            y = frozen_convolution(part, values, arena, images)
+        else:
+            y, values = convolution(part, values, arena, images)
     else:
-        y = part.layer.convolve(images, kernel)
+        y, values = _expanded(part, values, arena, images, frozen)
     if bias is not None:
         y += bias.reshape(1, 1, 1, -1)
     return y.reshape(*h.shape[:-3], *y.shape[1:]), values
+
+
+def _expanded(part: Part, values: Array, arena: Arena, images: Array, frozen: bool):
+    """The convolution by its dense kernel, and `values`."""
+    kernel, values = expand(part, values, arena)
+    if frozen:
+        kernel = jax.lax.stop_gradient(kernel)
+    kernel = kernel.astype(images.dtype)
+    if jax.default_backend() == "cpu":
+        return convolve(part.layer, images, kernel), values
+    return part.layer.convolve(images, kernel), values
 
 
 def init_rest(net: Network, key: Array) -> dict[str, Any]:

@@ -15,14 +15,7 @@ using Ints = ffi::Buffer<ffi::S32>;
 using FloatResult = ffi::ResultBuffer<ffi::F32>;
 
 namespace dst {
-namespace {
 
-// Multiply-adds below which waking another thread costs more than it saves.
-constexpr int64_t kAlone = int64_t{1} << 20;
-constexpr int64_t kPartsPerThread = 4;
-constexpr int64_t kPieces = 8;  // at least, of a layer's backward pass
-
-// The best level of this CPU, or what DST_KERNELS names (baseline, v3, v4) if that is lower.
 const Level& level() {
   static const Level& chosen = []() -> const Level& {
 #ifdef DST_X86_LEVELS
@@ -41,6 +34,13 @@ const Level& level() {
   }();
   return chosen;
 }
+
+namespace {
+
+// Multiply-adds below which waking another thread costs more than it saves.
+constexpr int64_t kAlone = int64_t{1} << 20;
+constexpr int64_t kPartsPerThread = 4;
+constexpr int64_t kPieces = 8;  // at least, of a layer's backward pass
 
 // How many threads share `work` multiply-adds; `asked` is 0 but in tests.
 int64_t threads_for(const ffi::ThreadPool& pool, int64_t work, int64_t asked) {
