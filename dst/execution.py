@@ -19,8 +19,10 @@ from flax.core import tracers
 from dst.arena import VALUES, Arena, Connections, Part
 from dst.convolution import convolve, faster
 from dst.network import Network, is_layer, layer_path, skipped
+from dst.normalization import batch_norm, fits
 from dst.products import (
     add_bias,
+    compiled,
     convolution,
     covered,
     expand,
@@ -74,6 +76,7 @@ def variables_of(params: Any, connections: Connections, collections: Mapping) ->
 def sparse_layers(arena: Arena, values: Array, frozen: bool) -> Callable:
     """Interceptor: y = W h + b of the sparse layers, from the arena."""
     parts = {part.layer.path: part for part in arena.parts}
+    maps = any(part.layer.kind == "conv" for part in arena.parts)
     passed, outside = [values], tracers.current_trace()
 
     def interceptor(next_fun, args, kwargs, context):
@@ -81,6 +84,10 @@ def sparse_layers(arena: Arena, values: Array, frozen: bool) -> Callable:
         layer = context.method_name == "__call__" and is_layer(module)
         part = parts.get(layer_path(module)) if layer else None
         if part is None:
+            if context.method_name == "__call__" and isinstance(module, nn.BatchNorm):
+                x, others = (args[0], args[1:]) if args else (kwargs["x"], ())
+                if maps and compiled(values) and fits(module, x, others, kwargs):
+                    return batch_norm(module, x)
             return next_fun(*args, **kwargs)
         bias = module.get_variable("params", "bias") if module.use_bias else None
         h, _, bias = module.promote_dtype(

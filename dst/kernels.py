@@ -36,6 +36,7 @@ HANDLERS = {
     "dst_convolve": "DstConvolve",
     "dst_convolve_backward": "DstConvolveBackward",
     "dst_convolve_gradient_on": "DstConvolveGradientOn",
+    "dst_channel_sums": "DstChannelSums",
     "dst_best": "DstBest",
     "dst_exchange": "DstExchange",
     "dst_move": "DstMove",
@@ -160,6 +161,24 @@ def convolve_gradient_on(column: Array, output: Array, x: Array, delta: Array, l
         input_layouts=[None, None, MAP, MAP],
     )
     return call(column, output, x, delta, **_taps(layer, x))
+
+
+def moments(x: Array) -> tuple[Array, Array]:
+    """Mean and variance of each channel, summed in double: (N, H, W, C) -> (C,), (C,)."""
+    mean, variance = _channel_sums(x, x, True)
+    return mean, variance
+
+
+def channel_sums(a: Array, b: Array) -> tuple[Array, Array]:
+    """Sums of a and of a b of each channel, in double: (N, H, W, C) twice -> (C,), (C,)."""
+    one, two = _channel_sums(a, b, False)
+    return one, two
+
+
+def _channel_sums(a: Array, b: Array, moments: bool) -> Array:
+    sums = jax.ShapeDtypeStruct((2, a.shape[3]), jnp.float32)
+    call = _kernel("dst_channel_sums", sums, input_layouts=[MAP, MAP])
+    return call(a, b, moments=moments, threads=np.int64(THREADS))
 
 
 def output_sides(layer: Layer, sides: tuple[int, ...]) -> list[int]:

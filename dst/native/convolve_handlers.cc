@@ -28,6 +28,7 @@ constexpr int64_t kNarrow = 32;           // samples down to which the batch is 
 constexpr int64_t kMostGroups = 8;        // of output rows, a batch chunk
 constexpr int64_t kGroup = 16;            // output pixels that a group should have
 constexpr int64_t kAlone = int64_t{1} << 20;  // as in handlers.cc
+constexpr int64_t kSumParts = 16;          // of the pixels of a map
 constexpr int64_t kPiece = 4096;          // connections of S at a time
 
 ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
@@ -502,6 +503,41 @@ ffi::Error convolve_gradient_on(ffi::ThreadPool pool, Ints column, Ints output, 
   return ffi::Error::Success();
 }
 
+// out (2, C): the sums of a and of a b of each channel, or with `moments` mean and variance of a.
+ffi::Error channel_sums(ffi::ThreadPool pool, Floats a, Floats b, FloatResult out, bool moments,
+                        int64_t threads) {
+  const auto d = a.dimensions();
+  if (d.size() != 4 || !(b.dimensions() == d) || int64_t(out->element_count()) != 2 * d[3]) {
+    return wrong("dst_channel_sums: maps are (N, H, W, C) both, the result (2, C).");
+  }
+  const int64_t N = d[0], pixels = d[1] * d[2], C = d[3];
+  threads = threads_for(pool, 2 * N * pixels * C, threads);
+  const ConvolutionLevel& level = *dst::level().convolution;
+  // The number of parts sets the order of the sums: not a matter of threads.
+  const int64_t parts = std::max<int64_t>(1, std::min(kSumParts, pixels));
+  Array<double> totals(parts * 2 * C, 0.0);
+  parallel_for(pool, parts, threads, [&](int64_t part) {
+    const int64_t p0 = pixels * part / parts, p1 = pixels * (part + 1) / parts;
+    level.channel_sums(a.typed_data() + p0 * C * N, b.typed_data() + p0 * C * N, p1 - p0, C, N,
+                       own_memory(2 * C * level.lanes), totals.data() + part * 2 * C);
+  });
+  for (int64_t c = 0; c < C; c++) {
+    double one = 0, two = 0;
+    for (int64_t part = 0; part < parts; part++) {
+      one += totals[part * 2 * C + 2 * c];
+      two += totals[part * 2 * C + 2 * c + 1];
+    }
+    if (moments) {
+      one /= double(N * pixels);
+      two = two / double(N * pixels) - one * one;
+      if (two < 0) two = 0;  // a NaN stays one
+    }
+    out->typed_data()[c] = float(one);
+    out->typed_data()[C + c] = float(two);
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace dst
 
@@ -544,6 +580,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstConvolveGradientOn, dst::convolve_gradient_on,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Ret<Floats>() DST_ATTRIBUTES);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DstChannelSums, dst::channel_sums,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<bool>("moments")
+                                  .Attr<int64_t>("threads"));
 
 // The most bytes that calls of this file have held since it was asked last; then counting starts
 // again from what threads keep.
