@@ -22,6 +22,7 @@ from dst.network import Network, is_layer, layer_path, skipped
 from dst.normalization import batch_norm, fits
 from dst.products import (
     add_bias,
+    add_channel_bias,
     compiled,
     convolution,
     covered,
@@ -29,6 +30,7 @@ from dst.products import (
     frozen_convolution,
     frozen_product,
     product,
+    tier,
 )
 
 Array = jax.Array
@@ -136,10 +138,12 @@ def linear(
             y = frozen_convolution(part, values, arena, images)
         else:
             y, values = convolution(part, values, arena, images)
+        if bias is not None:
+            y = add_channel_bias(y, bias)
     else:
         y, values = _expanded(part, values, arena, images, frozen)
-    if bias is not None:
-        y += bias.reshape(1, 1, 1, -1)
+        if bias is not None:
+            y += bias.reshape(1, 1, 1, -1)
     return y.reshape(*h.shape[:-3], *y.shape[1:]), values
 
 
@@ -152,6 +156,29 @@ def _expanded(part: Part, values: Array, arena: Arena, images: Array, frozen: bo
     if jax.default_backend() == "cpu":
         return convolve(part.layer, images, kernel), values
     return part.layer.convolve(images, kernel), values
+
+
+def described(net: Network) -> str:
+    """How the layers of a sparse network run here, in words, for the log."""
+    expanded: dict[str, bool] = {}  # of the convolutions, by path
+
+    def record(next_fun, args, kwargs, context):
+        module = context.module
+        layer = net.layers.get(layer_path(module)) if is_layer(module) else None
+        if context.method_name != "__call__" or layer is None:
+            return next_fun(*args, **kwargs)
+        h = args[0] if args else kwargs["inputs"]
+        y = skipped(layer, module, h)
+        if layer.kind == "conv":
+            x = jax.ShapeDtypeStruct(jnp.shape(h), y.dtype)
+            expanded[layer.path] = not covered(layer, jax.ShapeDtypeStruct((), jnp.float32), x)
+        return y
+
+    with nn.intercept_methods(record), jax.disable_jit():
+        jax.eval_shape(lambda *a: net.model.init(jax.random.key(0), *a, **net.kwargs), *net.args)
+    if not any(expanded.values()):
+        return tier()
+    return f"{tier()}; {sum(expanded.values())} of {len(expanded)} convolutions are expanded"
 
 
 def init_rest(net: Network, key: Array) -> dict[str, Any]:

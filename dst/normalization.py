@@ -45,7 +45,7 @@ def batch_norm(module: nn.BatchNorm, x: Array) -> Array:
     bias = module.get_variable("params", "bias") if module.use_bias else zeros
     y, mean, variance = normalise(module.epsilon, x, scale, bias)
     for name, new in (("mean", mean), ("var", variance)):
-        old = module.get_variable("batch_stats", name)
+        old: Array = module.get_variable("batch_stats", name)
         new = module.momentum * old + (1 - module.momentum) * new
         module.put_variable("batch_stats", name, new)
     return y

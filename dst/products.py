@@ -105,10 +105,13 @@ def _bias_backward(_, delta):
 add_bias.defvjp(lambda y, bias: (add_bias(y, bias), None), _bias_backward)
 
 
-def covered(layer: Layer, values: Array, x: Array) -> bool:
-    """Whether the C++ kernels convolve this: as `compiled`, with a kernel of 11 x 11 at most."""
+def covered(layer: Layer, values: Any, x: Any) -> bool:
+    """Whether the C++ kernels convolve this: as `compiled`, with a kernel of 11 x 11 at most.
+
+    XLA fails to compile their layout for a map of no images.
+    """
     floats = x.dtype == jnp.float32 and compiled(values)
-    return floats and max(layer.shape[:2]) <= kernels.MOST_TAPS
+    return floats and max(layer.shape[:2]) <= kernels.MOST_TAPS and x.size > 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -123,7 +126,8 @@ def _convolution_forward(part, values, arena, x):
 
 
 def _convolution_backward(part, saved, cotangents):
-    dx, gradient = _convolution_gradients(part, *saved, *cotangents)
+    values, arena, x = saved
+    dx, gradient = _convolution_gradients(part, values, arena, x, *cotangents)
     return gradient, None, dx
 
 
@@ -141,11 +145,26 @@ def _frozen_convolution_forward(part, values, arena, x):
 
 
 def _frozen_convolution_backward(part, saved, delta):
-    nothing = jnp.zeros(0, delta.dtype)
-    return None, None, _convolution_gradients(part, *saved, delta, nothing)[0]
+    values, arena, x = saved
+    nothing = jnp.zeros(0, values.dtype)
+    return None, None, _convolution_gradients(part, values, arena, x, delta, nothing)[0]
 
 
 frozen_convolution.defvjp(_frozen_convolution_forward, _frozen_convolution_backward)
+
+
+@jax.custom_vjp
+def add_channel_bias(y: Array, bias: Array) -> Array:
+    """y + b of a map that is `covered`: (N, H', W', n_out), (n_out,) -> (N, H', W', n_out)."""
+    return y + bias[None, None, None]
+
+
+def _channel_bias_backward(_, delta):
+    # XLA would transpose all of delta for its sum.
+    return delta, kernels.channel_sums(delta, delta)[0]
+
+
+add_channel_bias.defvjp(lambda y, bias: (add_channel_bias(y, bias), None), _channel_bias_backward)
 
 
 def _convolution_gradients(part, values, arena, x, delta, gradient):

@@ -3,21 +3,13 @@
 // memory: dst/kernels.py asks XLA for that layout.
 #include <algorithm>
 #include <atomic>
-#include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "convolve.h"
-#include "levels.h"
-#include "parallel.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-using Floats = ffi::Buffer<ffi::F32>;
-using Ints = ffi::Buffer<ffi::S32>;
-using FloatResult = ffi::ResultBuffer<ffi::F32>;
+#include "handlers.h"
+#include "lists.h"
+#include "memory.h"
 
 namespace dst {
 namespace {
@@ -27,211 +19,7 @@ constexpr int64_t kLeastColumns = 4;      // of a tile, even if its ring is larg
 constexpr int64_t kNarrow = 32;           // samples down to which the batch is cut for that
 constexpr int64_t kMostGroups = 8;        // of output rows, a batch chunk
 constexpr int64_t kGroup = 16;            // output pixels that a group should have
-constexpr int64_t kAlone = int64_t{1} << 20;  // as in handlers.cc
-constexpr int64_t kSumParts = 16;          // of the pixels of a map
 constexpr int64_t kPiece = 4096;          // connections of S at a time
-
-ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
-
-// ------------------------------------------------------------------------------------------ memory
-// Bytes that calls hold beside their arguments and results, and the most since dst_scratch().
-std::atomic<int64_t> held{0}, most_held{0};
-
-void hold(int64_t bytes) {
-  const int64_t now = held.fetch_add(bytes) + bytes;
-  int64_t most = most_held.load();
-  while (now > most && !most_held.compare_exchange_weak(most, now)) {
-  }
-}
-
-template <class T>
-struct Counted {
-  using value_type = T;
-  Counted() = default;
-  template <class U>
-  Counted(const Counted<U>&) {}
-  T* allocate(size_t n) {
-    hold(int64_t(n * sizeof(T)));
-    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64}));
-  }
-  void deallocate(T* p, size_t n) {
-    ::operator delete(p, std::align_val_t{64});
-    held.fetch_sub(int64_t(n * sizeof(T)));
-  }
-  // Elements that nobody has set stay as they are.
-  template <class U>
-  void construct(U* p) {
-    ::new (static_cast<void*>(p)) U;
-  }
-  template <class U, class... Args>
-  void construct(U* p, Args&&... args) {
-    ::new (static_cast<void*>(p)) U(std::forward<Args>(args)...);
-  }
-  bool operator==(const Counted&) const { return true; }
-  bool operator!=(const Counted&) const { return false; }
-};
-template <class T>
-using Array = std::vector<T, Counted<T>>;
-
-// A thread keeps its rings from call to call: new ones would be paged in every time.
-float* own_memory(int64_t floats) {
-  static thread_local Array<float> memory;
-  if (int64_t(memory.size()) < floats) {
-    memory = Array<float>();
-    memory.resize(floats);
-  }
-  return memory.data();
-}
-
-// ---------------------------------------------------------------------------------------- geometry
-// How pixels along one side receive: from base(r) + step(tap), if that lies inside.
-struct Side {
-  int64_t receivers, sources, taps, stride, pad, dilation;
-  bool transposed;  // dx from delta
-
-  static int64_t floor(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-  int64_t base(int64_t r) const { return transposed ? floor(r + pad, stride) : r * stride - pad; }
-  int64_t step(int64_t t) const { return transposed ? -(t * dilation / stride) : t * dilation; }
-  // Transposed, a pixel receives through every stride-th tap only.
-  int64_t phase(int64_t t) const { return transposed ? t * dilation % stride : 0; }
-  bool inside(int64_t r, int64_t t) const {
-    const int64_t source = base(r) + step(t);
-    const bool meets = !transposed || r + pad - floor(r + pad, stride) * stride == phase(t);
-    return meets && source >= 0 && source < sources;
-  }
-  // Taps so that those that a pixel receives through stand side by side.
-  std::vector<int64_t> order() const {
-    std::vector<int64_t> taps_in_order(taps);
-    for (int64_t t = 0; t < taps; t++) taps_in_order[t] = t;
-    std::stable_sort(taps_in_order.begin(), taps_in_order.end(),
-                     [&](int64_t a, int64_t b) { return phase(a) < phase(b); });
-    return taps_in_order;
-  }
-};
-
-struct Geometry {
-  int64_t N, H, W, C, Ho, Wo, Co;  // x (N, H, W, C), y (N, Ho, Wo, Co)
-  int64_t kh, kw, down, across, top, left, dilation_down, dilation_across;
-};
-
-// A connection before it is in a list.
-struct Link {
-  float value;
-  int32_t input, output;    // channels
-  int16_t a, b;             // row and column of the kernel
-  int32_t position;
-};
-
-// A Direction with the memory that it points to.
-struct Listed {
-  Direction direction;
-  Array<Entry> entries;
-  Array<int32_t> begin, kind, column, left, right, row, first, last;
-
-  Listed(const Geometry& g, bool transposed, const Array<Link>& links) {
-    const Side down{transposed ? g.H : g.Ho, transposed ? g.Ho : g.H, g.kh, g.down, g.top, g.dilation_down, transposed};
-    const Side across{transposed ? g.W : g.Wo, transposed ? g.Wo : g.W, g.kw, g.across, g.left, g.dilation_across, transposed};
-    direction = {};
-    direction.height = down.receivers;
-    direction.width = across.receivers;
-    direction.units = transposed ? g.C : g.Co;
-    direction.rows = down.sources;
-    direction.columns = across.sources;
-    direction.channels = transposed ? g.Co : g.C;
-    direction.batch = g.N;
-    direction.taps = g.kh;
-    const int64_t reach = std::abs(down.step(g.kh - 1)) + 1;
-    direction.slots = std::max<int64_t>(1, std::min(reach, down.sources));
-    const auto order = down.order();
-    rows_of(down, order);
-    list(transposed, across, order, columns_of(across), links);
-    direction.entries = entries.data();
-    direction.begin = begin.data();
-    direction.kind = kind.data();
-    direction.column = column.data();
-    direction.left = left.data();
-    direction.right = right.data();
-    direction.row = row.data();
-    direction.first = first.data();
-    direction.last = last.data();
-  }
-
- private:
-  void rows_of(const Side& side, const std::vector<int64_t>& order) {
-    row.resize(side.receivers * side.taps);
-    first.assign(side.receivers, 0);
-    last.assign(side.receivers, 0);
-    for (int64_t r = 0; r < side.receivers; r++) {
-      for (int64_t k = 0; k < side.taps; k++) {
-        row[r * side.taps + k] = int32_t(side.base(r) + side.step(order[k]));
-        if (!side.inside(r, order[k])) continue;
-        if (first[r] == last[r]) first[r] = int32_t(k);
-        last[r] = int32_t(k + 1);
-      }
-    }
-  }
-
-  // The kinds of columns: each a set of taps, as bits.
-  std::vector<uint32_t> columns_of(const Side& side) {
-    std::vector<uint32_t> kinds;
-    kind.resize(side.receivers);
-    column.resize(side.receivers);
-    left.assign(side.receivers, 0);
-    right.assign(side.receivers, 0);
-    for (int64_t w = 0; w < side.receivers; w++) {
-      uint32_t taps = 0;
-      column[w] = int32_t(side.base(w));
-      for (int64_t t = 0; t < side.taps; t++) {
-        if (!side.inside(w, t)) continue;
-        const int32_t source = int32_t(side.base(w) + side.step(t));
-        left[w] = taps ? std::min(left[w], source) : source;
-        right[w] = taps ? std::max(right[w], source + 1) : source + 1;
-        taps |= uint32_t{1} << t;
-      }
-      kind[w] = int32_t(std::find(kinds.begin(), kinds.end(), taps) - kinds.begin());
-      if (kind[w] == int32_t(kinds.size())) kinds.push_back(taps);
-    }
-    return kinds;
-  }
-
-  // The links by (kind, unit, tap), and as they come.
-  void list(bool transposed, const Side& across, const std::vector<int64_t>& order,
-            const std::vector<uint32_t>& kinds, const Array<Link>& links) {
-    const int64_t step = direction.taps + 1, units = direction.units;
-    std::vector<int32_t> rank(order.size());
-    for (size_t k = 0; k < order.size(); k++) rank[order[k]] = int32_t(k);
-    begin.assign(int64_t(kinds.size()) * units * step, 0);
-    int32_t count = 0;
-    Array<int32_t> next(units * direction.taps);
-    std::vector<int64_t> sizes(direction.taps);
-    for (size_t n = 0; n < kinds.size(); n++) {
-      int32_t* const own = begin.data() + n * units * step;
-      std::fill(next.begin(), next.end(), 0);
-      for (const Link& link : links) {
-        if (!(kinds[n] >> link.b & 1)) continue;
-        next[(transposed ? link.input : link.output) * direction.taps + rank[link.a]]++;
-      }
-      for (int64_t u = 0; u < units; u++) {
-        for (int64_t k = 0; k < direction.taps; k++) {
-          own[u * step + k] = count;
-          count += next[u * direction.taps + k];
-          next[u * direction.taps + k] = own[u * step + k];
-        }
-        own[u * step + step - 1] = count;
-      }
-      entries.resize(count);
-      for (const Link& link : links) {
-        if (!(kinds[n] >> link.b & 1)) continue;
-        const int64_t unit = transposed ? link.input : link.output;
-        const int64_t channel = transposed ? link.output : link.input;
-        const int32_t k = rank[link.a];
-        entries[next[unit * direction.taps + k]++] = {
-            link.value, int32_t(across.step(link.b) * direction.channels + channel), k,
-            link.position};
-      }
-    }
-  }
-};
 
 // ------------------------------------------------------------------------------------ work, divided
 // Samples taken together: as many as the level can, fewer where a ring would leave the cache.
@@ -309,7 +97,7 @@ int64_t ring_size(const Convolution& c, const Direction& g, int64_t width, bool 
     }
     most = std::max(most, c1 - c0);
   }
-  return most * g.slots * g.channels * width;
+  return (most * g.slots * g.channels * width + 15) / 16 * 16;
 }
 
 // ---------------------------------------------------------------------------------------- arguments
@@ -368,11 +156,6 @@ ffi::ErrorOr<Array<Link>> links_of(const Geometry& g, const Floats& values, cons
   return links;
 }
 
-int64_t threads_for(const ffi::ThreadPool& pool, int64_t work, int64_t asked) {
-  if (asked > 0) return asked;
-  return work < kAlone ? 1 : std::max<int64_t>(1, pool.num_threads());
-}
-
 // Everything that a call shares between its threads.
 struct Call {
   const ConvolutionLevel& level = *dst::level().convolution;
@@ -382,7 +165,6 @@ struct Call {
   Convolution c;
   int64_t x_ring, delta_ring;
 
-  // Of a call with a gradient the sums are included, of one with dx the lists of dx.
   Call(const Geometry& g, const Array<Link>& links, bool dx)
       : g(g), ahead(g, false, links), back(g, true, dx ? links : Array<Link>()),
         chunks(chunks_of(g.N, widest(g, level))) {
@@ -393,11 +175,13 @@ struct Call {
     delta_ring = ring_size(c, c.backward, width, true);
   }
 
-  Rings rings(bool delta, bool sums) const {
-    const int64_t sum_size = sums ? c.connections * level.lanes : 0;
-    const int64_t x_size = (x_ring + 15) / 16 * 16, delta_size = delta ? (delta_ring + 15) / 16 * 16 : 0;
-    float* memory = own_memory(x_size + delta_size + sum_size);
-    return {memory, memory + x_size, memory + x_size + delta_size};
+  // A part's own memory: of a backward pass also the ring of delta, and sums for a gradient.
+  int64_t floats(bool delta, bool sums) const {
+    return x_ring + (delta ? delta_ring : 0) + (sums ? c.connections * level.lanes : 0);
+  }
+  Rings rings(const Lease& lease, bool delta) const {
+    float* const next = lease.data() + x_ring;
+    return {lease.data(), next, delta ? next + delta_ring : next};
   }
 };
 
@@ -413,7 +197,8 @@ ffi::Error convolve(ffi::ThreadPool pool, Floats values, Ints column, Ints point
   threads = threads_for(pool, (int64_t(links->size()) + g->Co) * g->N * g->Ho * g->Wo, threads);
   const auto shares = shares_of(call.chunks, call.c.groups, threads);
   parallel_for(pool, int64_t(shares.size()), threads, [&](int64_t s) {
-    call.level.forward(call.c, shares[s], call.rings(false, false), x.typed_data(), y->typed_data());
+    const Lease lease(call.floats(false, false));
+    call.level.forward(call.c, shares[s], call.rings(lease, false), x.typed_data(), y->typed_data());
   });
   return ffi::Error::Success();
 }
@@ -443,8 +228,10 @@ ffi::Error convolve_backward(ffi::ThreadPool pool, Floats values, Ints column, I
   const auto shares = shares_of(call.chunks, groups, threads);
   parallel_for(pool, int64_t(shares.size()), threads, [&](int64_t s) {
     const int64_t chunk = s % int64_t(call.chunks.size());
-    call.level.backward(call.c, shares[s], call.rings(true, with_gradient), x.typed_data(),
-                        delta.typed_data(), with_dx ? dx->typed_data() : nullptr,
+    const Lease lease(call.floats(true, with_gradient));
+    call.level.backward(call.c, shares[s], call.rings(lease, true), x.typed_data(),
+                        delta.typed_data(),
+                        with_dx ? dx->typed_data() : nullptr,
                         with_gradient ? sums.data() + chunk * groups * n : nullptr);
   });
   if (!with_gradient) return ffi::Error::Success();
@@ -487,10 +274,11 @@ ffi::Error convolve_gradient_on(ffi::ThreadPool pool, Ints column, Ints output, 
     const int64_t groups = call.c.groups;
     call.c.connections = p1 - p0;  // positions, that is: those of negative pairs stay 0
     Array<float> sums((p1 - p0) * groups * call.chunks.size(), 0.0f);
+    const Lease lease(call.floats(true, true));
     for (size_t k = 0; k < call.chunks.size(); k++) {
       Share share = call.chunks[k];
       share.group1 = groups;
-      call.level.backward(call.c, share, call.rings(true, true), x.typed_data(), delta.typed_data(),
+      call.level.backward(call.c, share, call.rings(lease, true), x.typed_data(), delta.typed_data(),
                           nullptr, sums.data() + k * groups * (p1 - p0));
     }
     for (int64_t p = 0; p < p1 - p0; p++) {
@@ -500,41 +288,6 @@ ffi::Error convolve_gradient_on(ffi::ThreadPool pool, Ints column, Ints output, 
     }
   });
   if (outside) return wrong("dst_convolve_gradient_on: a pair lies outside of the kernel.");
-  return ffi::Error::Success();
-}
-
-// out (2, C): the sums of a and of a b of each channel, or with `moments` mean and variance of a.
-ffi::Error channel_sums(ffi::ThreadPool pool, Floats a, Floats b, FloatResult out, bool moments,
-                        int64_t threads) {
-  const auto d = a.dimensions();
-  if (d.size() != 4 || !(b.dimensions() == d) || int64_t(out->element_count()) != 2 * d[3]) {
-    return wrong("dst_channel_sums: maps are (N, H, W, C) both, the result (2, C).");
-  }
-  const int64_t N = d[0], pixels = d[1] * d[2], C = d[3];
-  threads = threads_for(pool, 2 * N * pixels * C, threads);
-  const ConvolutionLevel& level = *dst::level().convolution;
-  // The number of parts sets the order of the sums: not a matter of threads.
-  const int64_t parts = std::max<int64_t>(1, std::min(kSumParts, pixels));
-  Array<double> totals(parts * 2 * C, 0.0);
-  parallel_for(pool, parts, threads, [&](int64_t part) {
-    const int64_t p0 = pixels * part / parts, p1 = pixels * (part + 1) / parts;
-    level.channel_sums(a.typed_data() + p0 * C * N, b.typed_data() + p0 * C * N, p1 - p0, C, N,
-                       own_memory(2 * C * level.lanes), totals.data() + part * 2 * C);
-  });
-  for (int64_t c = 0; c < C; c++) {
-    double one = 0, two = 0;
-    for (int64_t part = 0; part < parts; part++) {
-      one += totals[part * 2 * C + 2 * c];
-      two += totals[part * 2 * C + 2 * c + 1];
-    }
-    if (moments) {
-      one /= double(N * pixels);
-      two = two / double(N * pixels) - one * one;
-      if (two < 0) two = 0;  // a NaN stays one
-    }
-    out->typed_data()[c] = float(one);
-    out->typed_data()[C + c] = float(two);
-  }
   return ffi::Error::Success();
 }
 
@@ -581,15 +334,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstConvolveGradientOn, dst::convolve_gradient_on,
                                   .Arg<Floats>()
                                   .Ret<Floats>() DST_ATTRIBUTES);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DstChannelSums, dst::channel_sums,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Attr<bool>("moments")
-                                  .Attr<int64_t>("threads"));
-
-// The most bytes that calls of this file have held since it was asked last; then counting starts
-// again from what threads keep.
-extern "C" int64_t dst_scratch() { return dst::most_held.exchange(dst::held.load()); }
+// The most bytes that calls have held beside arguments and results since it was asked last; forgets
+// what is kept between calls.
+extern "C" int64_t dst_scratch() {
+  dst::Lease::forget();
+  return dst::most_held.exchange(dst::held.load());
+}

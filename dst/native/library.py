@@ -21,7 +21,10 @@ HERE = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 # The inner loops once for each instruction set; the library chooses when it is loaded.
-INNER_LOOPS, ONCE = ("kernels", "convolve"), ("handlers", "convolve_handlers", "structure")
+INNER_LOOPS, ONCE = (
+    ("kernels", "convolve"),
+    ("handlers", "convolve_handlers", "channels", "structure"),
+)
 LEVELS = {"baseline": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4",)}
 
 
