@@ -187,11 +187,10 @@ def output_sides(layer: Layer, sides: tuple[int, ...]) -> list[int]:
     return [(n + sum(pad) - (k - 1) * d - 1) // s + 1 for k, s, d, pad, n in sizes]
 
 
-def _taps(layer: Layer, x: Array) -> dict[str, np.int64]:
+def _taps(layer: Layer, x: Array) -> dict[str, Any]:
     (top, _), (left, _) = layer.pads(x.shape[1:3])
-    names = ("kh", "kw", "down", "across", "top", "left", "dilation_down", "dilation_across")
-    given = (*layer.shape[:2], *layer.strides, top, left, *layer.dilation)
-    return {n: np.int64(v) for n, v in zip((*names, "threads"), (*given, THREADS), strict=True)}
+    taps = np.array([*layer.shape[:2], *layer.strides, top, left, *layer.dilation], np.int64)
+    return {"taps": taps, "threads": np.int64(THREADS)}
 
 
 # ------------------------------------------------------------------------------------ the rewire

@@ -269,8 +269,8 @@ void backward_tiles(const Convolution& c, const Share& share, const Rings& rings
   }
 }
 
-// Sums of a and of a b of each channel over some pixels of two maps (pixels, C, N): float lanes over a
-// few pixels, then double; in float alone batch normalisation would lose a digit.
+// Sums of a and of a b of each channel over pixels of two maps (pixels, C, N): float lanes over a few
+// pixels, then double; in float alone batch normalisation would lose a digit.
 void channel_sums(const float* a, const float* b, int64_t pixels, int64_t C, int64_t N, float* lanes,
                   double* total) {
   using T = typename Tile<kLanes>::T;

@@ -1,5 +1,5 @@
-// Sparse convolutions as XLA custom calls: arguments checked, connections listed for the inner loops
-// of convolve.cc, work divided over threads. Maps are logically (N, H, W, C), batch innermost in
+// Sparse convolutions as XLA custom calls: arguments checked, connections listed for the inner
+// loops of convolve.cc, work divided over threads. Maps are logically (N, H, W, C), batch innermost in
 // memory: dst/kernels.py asks XLA for that layout.
 #include <algorithm>
 #include <atomic>
@@ -28,7 +28,8 @@ int64_t widest(const Geometry& g, const ConvolutionLevel& level) {
   const int64_t columns = std::min(g.W, span + (kLeastColumns - 1) * g.across);
   const int64_t channels = std::max(g.C, g.Co);
   int64_t width = level.width;
-  while (width > kNarrow && std::min(slots, g.H) * columns * channels * width * 4 > 2 * kRing) width /= 2;
+  const int64_t bytes = 4 * std::min(slots, g.H) * columns * channels;  // of a sample
+  while (width > kNarrow && bytes * width > 2 * kRing) width /= 2;
   return width;
 }
 
@@ -101,27 +102,28 @@ int64_t ring_size(const Convolution& c, const Direction& g, int64_t width, bool 
 }
 
 // ---------------------------------------------------------------------------------------- arguments
-struct Shape {  // the attributes of every call
-  int64_t kh, kw, down, across, top, left, dilation_down, dilation_across;
-};
+// An attribute of every call: rows and columns of the kernel, strides, padding before, dilations.
+using Taps = ffi::Span<const int64_t>;
 
 template <class A, class B>
-ffi::ErrorOr<Geometry> geometry_of(const A& x, const B& y, const Shape& s) {
+ffi::ErrorOr<Geometry> geometry_of(const A& x, const B& y, Taps taps) {
   const auto a = x.dimensions(), b = y.dimensions();
   if (a.size() != 4 || b.size() != 4 || a[0] != b[0]) {
     return ffi::Unexpected(wrong("dst: maps are (N, H, W, C) and (N, H', W', C')."));
   }
-  if (s.kh < 1 || s.kw < 1 || s.kh > kMostTaps || s.kw > kMostTaps) {
+  if (taps.size() != 8) return ffi::Unexpected(wrong("dst: taps are 8 numbers."));
+  Geometry g{a[0], a[1], a[2], a[3], b[1], b[2], b[3], taps[0], taps[1], taps[2], taps[3], taps[4],
+             taps[5], taps[6], taps[7]};
+  if (g.kh < 1 || g.kw < 1 || g.kh > kMostTaps || g.kw > kMostTaps) {
     return ffi::Unexpected(wrong("dst: kernels have 1 to 11 rows and columns."));
   }
-  if (s.down < 1 || s.across < 1 || s.dilation_down < 1 || s.dilation_across < 1) {
+  if (g.down < 1 || g.across < 1 || g.dilation_down < 1 || g.dilation_across < 1) {
     return ffi::Unexpected(wrong("dst: strides and dilations are at least 1."));
   }
   for (int64_t size : {a[1], a[2], a[3], b[1], b[2], b[3]}) {
     if (size >= int64_t{1} << 24) return ffi::Unexpected(wrong("dst: maps have sides below 2^24."));
   }
-  return Geometry{a[0], a[1], a[2], a[3], b[1], b[2], b[3], s.kh, s.kw, s.down, s.across, s.top,
-                  s.left, s.dilation_down, s.dilation_across};
+  return g;
 }
 
 // Adds the connection (column, output) to the links: false if the column lies outside.
@@ -129,7 +131,8 @@ bool add_link(const Geometry& g, int32_t column, int32_t output, float value, in
               Array<Link>& links) {
   const uint32_t C = uint32_t(g.C), kw = uint32_t(g.kw), c = uint32_t(column), tap = c / C;
   if (c >= uint32_t(g.kh * g.kw) * C) return false;
-  links.push_back({value, int32_t(c - tap * C), output, int16_t(tap / kw), int16_t(tap % kw), position});
+  links.push_back({value, int32_t(c - tap * C), output, int16_t(tap / kw), int16_t(tap % kw),
+                   position});
   return true;
 }
 
@@ -187,9 +190,8 @@ struct Call {
 
 // ----------------------------------------------------------------------------------------- handlers
 ffi::Error convolve(ffi::ThreadPool pool, Floats values, Ints column, Ints pointer, Floats x,
-                    FloatResult y, int64_t kh, int64_t kw, int64_t down, int64_t across, int64_t top,
-                    int64_t left, int64_t dilation_down, int64_t dilation_across, int64_t threads) {
-  const auto g = geometry_of(x, *y, {kh, kw, down, across, top, left, dilation_down, dilation_across});
+                    FloatResult y, Taps taps, int64_t threads) {
+  const auto g = geometry_of(x, *y, taps);
   if (!g.has_value()) return g.error();
   const auto links = links_of(*g, values, column, pointer);
   if (!links.has_value()) return links.error();
@@ -198,17 +200,16 @@ ffi::Error convolve(ffi::ThreadPool pool, Floats values, Ints column, Ints point
   const auto shares = shares_of(call.chunks, call.c.groups, threads);
   parallel_for(pool, int64_t(shares.size()), threads, [&](int64_t s) {
     const Lease lease(call.floats(false, false));
-    call.level.forward(call.c, shares[s], call.rings(lease, false), x.typed_data(), y->typed_data());
+    call.level.forward(call.c, shares[s], call.rings(lease, false), x.typed_data(),
+                       y->typed_data());
   });
   return ffi::Error::Success();
 }
 
-ffi::Error convolve_backward(ffi::ThreadPool pool, Floats values, Ints column, Ints pointer, Floats x,
-                             Floats delta, Floats before, FloatResult dx, FloatResult gradient,
-                             int64_t kh, int64_t kw, int64_t down, int64_t across, int64_t top,
-                             int64_t left, int64_t dilation_down, int64_t dilation_across,
-                             int64_t threads) {
-  const auto g = geometry_of(x, delta, {kh, kw, down, across, top, left, dilation_down, dilation_across});
+ffi::Error convolve_backward(ffi::ThreadPool pool, Floats values, Ints column, Ints pointer,
+                             Floats x, Floats delta, Floats before, FloatResult dx, FloatResult gradient,
+                             Taps taps, int64_t threads) {
+  const auto g = geometry_of(x, delta, taps);
   if (!g.has_value()) return g.error();
   const auto links = links_of(*g, values, column, pointer);
   if (!links.has_value()) return links.error();
@@ -247,11 +248,9 @@ ffi::Error convolve_backward(ffi::ThreadPool pool, Floats values, Ints column, I
   return ffi::Error::Success();
 }
 
-ffi::Error convolve_gradient_on(ffi::ThreadPool pool, Ints column, Ints output, Floats x, Floats delta,
-                                FloatResult out, int64_t kh, int64_t kw, int64_t down, int64_t across,
-                                int64_t top, int64_t left, int64_t dilation_down,
-                                int64_t dilation_across, int64_t threads) {
-  const auto g = geometry_of(x, delta, {kh, kw, down, across, top, left, dilation_down, dilation_across});
+ffi::Error convolve_gradient_on(ffi::ThreadPool pool, Ints column, Ints output, Floats x,
+                                Floats delta, FloatResult out, Taps taps, int64_t threads) {
+  const auto g = geometry_of(x, delta, taps);
   if (!g.has_value()) return g.error();
   const int64_t n = out->element_count();
   if (int64_t(column.element_count()) != n || int64_t(output.element_count()) != n) {
@@ -278,12 +277,14 @@ ffi::Error convolve_gradient_on(ffi::ThreadPool pool, Ints column, Ints output, 
     for (size_t k = 0; k < call.chunks.size(); k++) {
       Share share = call.chunks[k];
       share.group1 = groups;
-      call.level.backward(call.c, share, call.rings(lease, true), x.typed_data(), delta.typed_data(),
-                          nullptr, sums.data() + k * groups * (p1 - p0));
+      call.level.backward(call.c, share, call.rings(lease, true), x.typed_data(),
+                          delta.typed_data(), nullptr, sums.data() + k * groups * (p1 - p0));
     }
     for (int64_t p = 0; p < p1 - p0; p++) {
       double sum = 0;
-      for (size_t part = 0; part < call.chunks.size() * groups; part++) sum += sums[part * (p1 - p0) + p];
+      for (size_t part = 0; part < call.chunks.size() * groups; part++) {
+        sum += sums[part * (p1 - p0) + p];
+      }
       out->typed_data()[p0 + p] = float(sum);
     }
   });
@@ -294,17 +295,7 @@ ffi::Error convolve_gradient_on(ffi::ThreadPool pool, Ints column, Ints output, 
 }  // namespace
 }  // namespace dst
 
-// The attributes of every call, in the order of the handlers' last arguments.
-#define DST_ATTRIBUTES         \
-  .Attr<int64_t>("kh")         \
-      .Attr<int64_t>("kw")     \
-      .Attr<int64_t>("down")   \
-      .Attr<int64_t>("across") \
-      .Attr<int64_t>("top")    \
-      .Attr<int64_t>("left")   \
-      .Attr<int64_t>("dilation_down") \
-      .Attr<int64_t>("dilation_across") \
-      .Attr<int64_t>("threads")
+#define DST_ATTRIBUTES .Attr<ffi::Span<const int64_t>>("taps").Attr<int64_t>("threads")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DstConvolve, dst::convolve,
                               ffi::Ffi::Bind()

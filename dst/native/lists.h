@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
 #include "convolve.h"
@@ -55,8 +56,12 @@ struct Listed {
   Array<int32_t> begin, kind, column, left, right, row, first, last;
 
   Listed(const Geometry& g, bool transposed, const Array<Link>& links) {
-    const Side down{transposed ? g.H : g.Ho, transposed ? g.Ho : g.H, g.kh, g.down, g.top, g.dilation_down, transposed};
-    const Side across{transposed ? g.W : g.Wo, transposed ? g.Wo : g.W, g.kw, g.across, g.left, g.dilation_across, transposed};
+    Side down{g.Ho, g.H, g.kh, g.down, g.top, g.dilation_down, transposed};
+    Side across{g.Wo, g.W, g.kw, g.across, g.left, g.dilation_across, transposed};
+    if (transposed) {
+      std::swap(down.receivers, down.sources);
+      std::swap(across.receivers, across.sources);
+    }
     direction = {};
     direction.height = down.receivers;
     direction.width = across.receivers;
