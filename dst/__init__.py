@@ -1,6 +1,7 @@
 """Dynamic sparse training with guided stochastic exploration, in JAX and Flax."""
 
 from dst import lottery
+from dst.carry import carry
 from dst.config import ConfigError
 from dst.export import export, load, predictor
 from dst.methods import Method, method
@@ -16,6 +17,7 @@ __all__ = [
     "Method",
     "Network",
     "SparseState",
+    "carry",
     "due",
     "export",
     "init_state",

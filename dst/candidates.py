@@ -15,15 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dst.arena import Part
+from dst.arrivals import Pairs
+from dst.hashing import hashes_at, hashes_of_layer
 from dst.heuristics import HEURISTICS, ON_HOST
 from dst.methods import Method
 from dst.network import Network
 from dst.plan import asked, plan
 from dst.probes import gradient_on
-from dst.sample import draw_subset
+from dst.sample import Sampling, alike, fold_by_chance, fold_subset, sampling
 from dst.state import SparseState, active_counts, join, kernels_of
 from dst.stream import streamed_choice
-from dst.update import AXIS, REWIRE_STREAM, Loss, all_finite, run_loss, stream
+from dst.update import (
+    AXIS,
+    CHANCE_STREAM,
+    REWIRE_STREAM,
+    Loss,
+    all_finite,
+    run_loss,
+    stream,
+)
 
 Array = jax.Array
 ByLayer = dict[str, Array]
@@ -46,6 +57,8 @@ def candidates(net: Network, method: Method, loss: Loss) -> Callable[..., Candid
         return nothing
     if method.growth_memory == "streamed":
         return streamed(net, loss, int(plan(net, method).grown.max()))
+    if method.score == "chance" and method.drop == "magnitude":
+        return chance_subset(net, method)
     choose = subset(net, method, loss) if method.heuristic else everything
     score = SCORES[method.score](net, loss)
 
@@ -97,34 +110,81 @@ def subset(net: Network, method: Method, loss: Loss) -> Callable:
 def drawing(net: Network, method: Method) -> Callable:
     """`draw(key, masks, f x g, event)`: S of each layer, which of it counts, |S| asked for."""
     planned = plan(net, method)
-    S_max = planned.subset.max(0)
-
-    # Layers of one shape are drawn by one vmapped sampler: ResNet-56 compiles 7 of them, not 57.
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for l, layer in enumerate(net.layers.values()):
-        alike.setdefault(layer.shape, []).append(l)
+    how, parts = sampling(net, method, planned), parts_of(net)
 
     def draw(key: Array, masks: ByLayer, fg, event) -> tuple[ByLayer, ByLayer, Array]:
         paths = list(net.layers)
         active = jnp.stack([*active_counts(masks).values()])
         wanted = asked(method, jnp.asarray(planned.subset)[event], active)
         S, valid = {}, {}
-        for group in alike.values():
-            size = max(1, int(S_max[group].max()))
-            exhaustible = size >= net.layers[paths[group[0]]].size - int(planned.active.max())
-            draw_one = functools.partial(
-                draw_subset, size=size, rounds=method.rounds, exhaustible=exhaustible
-            )
-            f, g, taken = (
-                jnp.stack([column[paths[l]] for l in group]) for column in (*_columns(fg), masks)
-            )
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(group))
-            drawn = jax.vmap(draw_one)(keys, f, g, taken, wanted[jnp.asarray(group)])
+        for group in alike(parts):
+            first = group[0]
+            draw_one = functools.partial(_drawn, how, first, parts[first])
+            given = [jnp.stack([a[paths[l]] for l in group]) for a in (*_columns(fg), masks)]
+            index = jnp.asarray(group)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+            drawn = lax.map(draw_one, (keys, *given, wanted[index], active[index]))
             for i, l in enumerate(group):
                 S[paths[l]], valid[paths[l]] = drawn[0][i], drawn[1][i]
         return {p: S[p] for p in paths}, {p: valid[p] for p in paths}, wanted.sum()
 
     return draw
+
+
+def _drawn(how: Sampling, l: int, part: Part, given: tuple) -> tuple[Array, Array]:
+    """S_l, held whole: flat positions int32 (size,), and which of them count."""
+    key, f, g, mask, asked, active = given
+    taken, size = mask.ravel(), how.sizes[l]
+    there = lambda column, output: taken[column * part.n_out + output]  # noqa: E731
+    empty = jnp.zeros(size, jnp.int32), jnp.int32(0)
+    hold = functools.partial(_held, lambda pairs: pairs.column * part.n_out + pairs.output)
+    (S, count), _ = fold_subset(how, l, part, key, (f, g), asked, active, there, hold, empty)
+    return S, jnp.arange(size) < count
+
+
+def _held(position: Callable, carry: tuple[Array, Array], pairs: Pairs, chosen: Array):
+    """What was found so far, with these behind it."""
+    S, count = carry
+    to = jnp.where(chosen, count + jnp.cumsum(chosen, dtype=jnp.int32) - 1, S.size)
+    return S.at[to].set(position(pairs), mode="drop"), count + chosen.sum(dtype=jnp.int32)
+
+
+def chance_subset(net: Network, method: Method) -> Callable[..., Candidates]:
+    """SET's S: |P| inactive connections of the network, every set of them equally likely."""
+    planned = plan(net, method)
+    how, parts = sampling(net, method, planned), parts_of(net)
+    most = max(1, int(planned.grown.max()))
+    n_out = jnp.array([part.n_out for part in parts], jnp.int32)
+    start = np.cumsum([0, *(part.layer.size for part in parts[:-1])]).astype(np.int32)
+
+    def sample(state: SparseState, batch: Any, fg: Any, event: Array) -> Candidates:
+        A, wanted = join(state.masks), jnp.asarray(planned.grown)[event]
+
+        def at(l, column, output):
+            return jnp.asarray(start)[l] + column * n_out[l] + output
+
+        (S, count), _ = fold_by_chance(
+            how.chunk,
+            most,
+            alike(parts),
+            parts,
+            stream(state, REWIRE_STREAM),
+            wanted,
+            A.sum(dtype=jnp.int32),
+            lambda *pair: A[at(*pair)],
+            functools.partial(_held, lambda pairs: at(pairs.l, pairs.column, pairs.output)),
+            (jnp.zeros(most, jnp.int32), jnp.int32(0)),
+        )
+        chance = as_chance(hashes_at(net, stream(state, CHANCE_STREAM), S))
+        score = jnp.where(jnp.arange(most) < count, chance, -jnp.inf)
+        return Candidates(S, score, wanted, count, jnp.bool_(True))
+
+    return sample
+
+
+def parts_of(net: Network) -> list[Part]:
+    """The layers as the sampler sees them, each one block."""
+    return [Part(layer, layer.size // layer.n_out, 0) for layer in net.layers.values()]
 
 
 def _columns(fg: dict[str, tuple[Array, Array]]) -> tuple[ByLayer, ByLayer]:
@@ -133,16 +193,22 @@ def _columns(fg: dict[str, tuple[Array, Array]]) -> tuple[ByLayer, ByLayer]:
 
 # ----------------------------------------------------------------------------- how they are scored
 def by_chance(net: Network, loss: Loss) -> Callable[..., ByLayer]:
-    """SET: a random order of all candidates."""
+    """DSR, DeepR: a random order of all candidates."""
 
     def score(state: SparseState, batch: Any, S: ByLayer) -> ByLayer:
-        key = stream(state, REWIRE_STREAM)
-        return {
-            path: jax.random.uniform(jax.random.fold_in(key, l), s.shape)
-            for l, (path, s) in enumerate(S.items())
+        key = stream(state, CHANCE_STREAM)
+        flat = {
+            path: hashes_of_layer(key, l, layer.size // layer.n_out, layer.n_out).ravel()
+            for l, (path, layer) in enumerate(net.layers.items())
         }
+        return {path: as_chance(flat[path][s]) for path, s in S.items()}
 
     return score
+
+
+def as_chance(hashes: Array) -> Array:
+    """Numbers in (0, 1], in the order of the hashes: uint32 (n,) -> float32 (n,)."""
+    return ((hashes >> 8) + 1).astype(jnp.float32) * np.float32(2.0**-24)
 
 
 def by_momentum(net: Network, loss: Loss) -> Callable[..., ByLayer]:

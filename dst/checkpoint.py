@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dst import hosts
-from dst.config import ConfigError
+from dst.config import OPERATIONAL, ConfigError
+from dst.methods import never_read
 
 Leaves = dict[str, np.ndarray]  # path in the state -> host array; of a typed key its key data
 
@@ -103,7 +104,8 @@ def restore(
 ) -> tuple[Any, dict | None]:
     """The newest intact state, structured and placed like `like`, and its record, or (None, None).
 
-    `record["config"]` must equal `config`. Damaged newer steps are said, skipped and deleted.
+    `record["config"]` and `config` must be of one run, see `another_run`. Damaged newer steps are
+    said, skipped and deleted.
     Errors: `ConfigError` for a checkpoint of another run, `Unreadable` if every one is damaged.
     """
     with _quiet():
@@ -141,14 +143,25 @@ def restore_step(
     return None if leaves is None else (_rebuild(like, leaves), note["record"])
 
 
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple | None:
+def first_difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str] = ()
+) -> tuple | None:
     """(field, old value, new value) of the first field that differs as JSON, None if none does."""
     old, new = json.loads(json.dumps(dict(old))), json.loads(json.dumps(dict(new)))
     for field in [*new, *(field for field in old if field not in new)]:
         was, now = old.get(field, "missing"), new.get(field, "missing")
-        if was != now:
+        if was != now and field not in ignored:
             return field, was, now
     return None
+
+
+def another_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple | None:
+    """`first_difference` of two configs among the fields that make a run what it is.
+
+    A run may be resumed with others of `OPERATIONAL`, and of what its method and model never read.
+    """
+    free = never_read(new) if {"method", "model"} <= new.keys() else set()
+    return first_difference(old, new, {*OPERATIONAL, *free})
 
 
 def _host_leaves(state: Any) -> Leaves:
@@ -221,7 +234,7 @@ def _refuse_another_run(
     like: Any,
     config: Mapping[str, Any],
 ) -> None:
-    difference = first_difference(note["record"]["config"], config)
+    difference = another_run(note["record"]["config"], config)
     if difference:
         field, was, now = difference
         raise ConfigError(

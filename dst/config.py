@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import runpy
+import textwrap
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +21,12 @@ METHODS = (
     *("dense", "lottery", "pruning", "snip", "grasp", "grasp_abs", "synflow"),
     *("random", "set", "rigl", "gse", "gse_v2", "snfs", "dsr", "deepr", "granet", "itop"),
 )
-RAMPS = ("pruning", "granet")  # the sparsity grows until rewire_end_epoch
-SPARSE = ("random", "set", "gse", "gse_v2")  # in sparse execution; and rigl with a streamed growth
+# They say where and how often, not what: nothing that is computed depends on them, but for the
+# order of sums over the devices. A run may be resumed with other ones.
+OPERATIONAL = (
+    *("data_dir", "devices", "eval_every", "eval_batch_size"),
+    *("checkpoint_every", "checkpoints_kept"),
+)
 TRAIN_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
 
 
@@ -30,6 +35,11 @@ Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed; what is,
 
 class ConfigError(ValueError):
     """A mistake of the user's, told in one sentence that says what is allowed; exit code 2."""
+
+
+def quoted(error: BaseException) -> str:
+    """Another's error within a sentence: its type and text, on one line and not too long."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
 
 
 def default() -> ConfigDict:
@@ -50,8 +60,8 @@ def default() -> ConfigDict:
 
     # Sparsity. None: the method's own value, which resolve() fills in; the paper's is named.
     config.method = "gse"  # a row of dst/methods.py: 'gse' is the paper's
-    # 'masked': dense arrays, every method; 'sparse': memory of the connections that exist; random,
-    # set, gse, gse_v2 and a streamed rigl.
+    # 'masked': dense arrays, every method; 'sparse': memory of the connections that exist; dense,
+    # random, set, gse, gse_v2 and a streamed rigl.
     config.execution = "masked"  # 'masked' or 'sparse'
     config.sparsity = 0.98  # inactive fraction of all kernels, in [0, 1); dense ignores it
     config.initial_sparsity = placeholder(float)  # None: granet's 0.5, else `sparsity`
@@ -83,7 +93,7 @@ def default() -> ConfigDict:
     config.seed = 0  # of everything random
 
     # The run.
-    config.eval_every = 1  # epochs between two evaluations
+    config.eval_every = 1  # epochs between two evaluations of the test set
     config.eval_batch_size = 500  # test images a step, over all devices together
     config.checkpoint_every = 1000  # steps between two checkpoints
     config.checkpoints_kept = 2  # at least 2, so that a damaged one can be skipped
@@ -233,18 +243,6 @@ def validate(config: ConfigDict) -> None:
         if field not in config:
             raise ConfigError(f'The field "{field}" is missing; start from dst.config.default().')
         check_field(field, config[field])
-    streamed = config.method == "rigl" and config.growth_memory == "streamed"
-    if config.execution == "sparse" and not (config.method in SPARSE or streamed):
-        raise ConfigError(
-            f"method must be 'random', 'set', 'gse' or 'gse_v2', or 'rigl' with growth_memory "
-            f"'streamed', in execution 'sparse', not {config.method!r}, which needs every weight."
-        )
-    end = 120.0 if config.rewire_end_epoch is None else config.rewire_end_epoch
-    if config.method in RAMPS and end >= config.epochs:
-        raise ConfigError(
-            f"rewire_end_epoch must be below epochs, {config.epochs}, for method "
-            f"{config.method!r}, which reaches its sparsity then, not {end}."
-        )
     left = TRAIN_IMAGES[config.dataset] - config.validation_size
     if config.batch_size > left:
         raise ConfigError(
@@ -256,6 +254,9 @@ def validate(config: ConfigDict) -> None:
             "model 'vgg' halves 32x32 images five times; for the 8x8 images of dataset 'digits' "
             "it must be 'mlp' or 'resnet'."
         )
+    from dst.methods import check_config  # which imports this module
+
+    check_config(config)
 
 
 def check_devices(config: ConfigDict, available: int, processes: int = 1) -> int:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dst.network import Layer, describe, obstacle
+from dst.network import Layer, describe
+from dst.obstacle import obstacle
 
 Array = jax.Array
 
@@ -52,7 +53,8 @@ def _product(layer: Layer, kernel: Array, x: Array) -> Array:
     y = jnp.zeros(out.shape, out.dtype)
     for a, row in enumerate(_shifted(layer, x, 0, out.shape[1])):
         for b, pixel in enumerate(_shifted(layer, row, 1, out.shape[2])):
-            y += jnp.einsum("bhwi,io->bhwo", pixel, kernel[a, b])
+            tap = kernel[a, b]
+            y += jnp.einsum("bhwi,io->bhwo", pixel, tap, precision=layer.precision)
     return y
 
 
@@ -81,7 +83,7 @@ def _weight_gradient(layer: Layer, x: Array, delta: Array) -> Array:
     )
     # Without the barrier XLA builds both operands anew in every tile of the dot.
     left, right = lax.optimization_barrier((left, right))
-    product = lax.dot_general(left, right, (((0,), (0,)), ((), ())))
+    product = lax.dot_general(left, right, (((0,), (0,)), ((), ())), precision=layer.precision)
     k, l, n_in, n_out = layer.shape
     return product.reshape(l, n_in, k, n_out).transpose(2, 0, 1, 3)
 

@@ -120,6 +120,10 @@ def _stratified_split(labels: np.ndarray, size: int) -> tuple[np.ndarray, np.nda
 
 # ---- The batch of a step ---------------------------------------------------------------------
 
+# Folded into the run's key, as the steps are for everything else (`dst.update.stream`): no step is
+# so large, so that no epoch has the key of a step.
+ORDER_STREAM = np.uint32(2**32 - 1)
+
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
     """floor(n / batch_size): the examples left over sit out, others in each epoch."""
@@ -131,7 +135,8 @@ def epoch_order(key: Array, epoch: Array | int, n: int) -> Array:
 
     A function of its own because it sorts (30 ms for 50,000 on a CPU): compute it once an epoch.
     """
-    return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(n, dtype=jnp.int32))
+    own = jax.random.fold_in(jax.random.fold_in(key, ORDER_STREAM), epoch)
+    return jax.random.permutation(own, jnp.arange(n, dtype=jnp.int32))
 
 
 def batch(

@@ -14,20 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dst.hashing import hashes_of_layer
 from dst.methods import Method
 from dst.network import Network
 from dst.plan import floors
 from dst.schedules import cosine_drop_fraction
 from dst.select import bits, lowest
 from dst.state import SparseState, join, kernels_of
+from dst.update import TIE_STREAM, stream
 
 Array = jax.Array
 MayDrop = Callable[[SparseState, Array, Array], tuple[Array, Array]]
 
 
-def weakest(w: Array, eligible: Array, k: Array) -> Array:
-    """The k smallest |w| of the eligible: (N,), bool (N,) -> bool (N,); of equals the first."""
-    return lowest(bits(jnp.abs(w)), eligible, k)
+def weakest(w: Array, eligible: Array, k: Array, ties: Callable[[], Array] | None = None) -> Array:
+    """The k smallest |w| of the eligible: (N,), bool (N,) -> bool (N,); of equals as `lowest`."""
+    return lowest(bits(jnp.abs(w)), eligible, k, ties)
 
 
 def by_magnitude(net: Network, method: Method) -> MayDrop:
@@ -35,18 +37,20 @@ def by_magnitude(net: Network, method: Method) -> MayDrop:
     keep = floors(net, method)
 
     def may_drop(state: SparseState, event: Array, wanted: Array) -> tuple[Array, Array]:
-        loose = unprotected(keep, state.params, state.masks) if keep.any() else join(state.masks)
-        return loose, wanted
+        if not keep.any():
+            return join(state.masks), wanted
+        return unprotected(keep, state.params, state.masks, stream(state, TIE_STREAM)), wanted
 
     return may_drop
 
 
-def unprotected(keep: np.ndarray, params: Any, masks: Mapping[str, Array]) -> Array:
+def unprotected(keep: np.ndarray, params: Any, masks: Mapping[str, Array], key: Array) -> Array:
     """All connections but the keep[l] strongest of layer l: int (L,) -> bool (N,)."""
     loose = {}
-    for n, (path, w) in zip(keep, kernels_of(params, masks).items(), strict=True):
-        A = masks[path].ravel()
-        loose[path] = A & ~lowest(~bits(jnp.abs(w.ravel())), A, jnp.int32(n))
+    for l, (path, w) in enumerate(kernels_of(params, masks).items()):
+        A, w = masks[path].ravel(), w.reshape(-1, w.shape[-1])
+        ties = lambda l=l, w=w: hashes_of_layer(key, l, *w.shape).ravel()  # noqa: E731
+        loose[path] = A & ~lowest(~bits(jnp.abs(w.ravel())), A, jnp.int32(keep[l]), ties)
     return join(loose)
 
 

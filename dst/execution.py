@@ -18,7 +18,7 @@ from flax.core import tracers
 
 from dst.arena import VALUES, Arena, Connections, Part
 from dst.convolution import convolve, faster
-from dst.network import Network, is_layer, layer_path, skipped
+from dst.network import Network, is_foreign, is_layer, layer_path, skipped
 from dst.normalization import batch_norm, fits
 from dst.products import (
     add_bias,
@@ -32,6 +32,7 @@ from dst.products import (
     product,
     tier,
 )
+from dst.sown import without
 
 Array = jax.Array
 
@@ -41,6 +42,7 @@ def forward(
     params: Any,
     connections: Connections,
     collections: Mapping,
+    /,
     *args,
     frozen: bool = False,
     **kwargs,
@@ -75,6 +77,15 @@ def variables_of(params: Any, connections: Connections, collections: Mapping) ->
     return {"params": rest, **collections, VALUES: traverse_util.unflatten_dict(flat)}
 
 
+def part_of(module: nn.Module, parts: Mapping[str, Part]) -> Part | None:
+    """The part of the arena that this module is to multiply with; None if it has none.
+
+    As a layer has that is applied to variables of its own, whatever it is called.
+    """
+    part = parts.get(layer_path(module)) if is_layer(module) else None
+    return part if part and module.has_variable(VALUES, "values") else None
+
+
 def sparse_layers(arena: Arena, values: Array, frozen: bool) -> Callable:
     """Interceptor: y = W h + b of the sparse layers, from the arena."""
     parts = {part.layer.path: part for part in arena.parts}
@@ -83,8 +94,7 @@ def sparse_layers(arena: Arena, values: Array, frozen: bool) -> Callable:
 
     def interceptor(next_fun, args, kwargs, context):
         module = context.module
-        layer = context.method_name == "__call__" and is_layer(module)
-        part = parts.get(layer_path(module)) if layer else None
+        part = part_of(module, parts) if context.method_name == "__call__" else None
         if part is None:
             if context.method_name == "__call__" and isinstance(module, nn.BatchNorm):
                 x, others = (args[0], args[1:]) if args else (kwargs["x"], ())
@@ -182,12 +192,12 @@ def described(net: Network) -> str:
 
 
 def init_rest(net: Network, key: Array) -> dict[str, Any]:
-    """All variables of the model but its sparse kernels, from the model's own initialisers."""
+    """The model's variables from its own initialisers, without sparse kernels and what is sown."""
 
     def without_kernels(next_fun, args, kwargs, context):
         module = context.module
         layer = net.layers.get(layer_path(module)) if is_layer(module) else None
-        if context.method_name != "__call__" or layer is None:
+        if context.method_name != "__call__" or layer is None or is_foreign(module):
             return next_fun(*args, **kwargs)
         scope = module.scope
         if module.use_bias and not scope.has_variable("params", "bias"):
@@ -199,6 +209,7 @@ def init_rest(net: Network, key: Array) -> dict[str, Any]:
     def init(key):
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), net.args)
         with nn.intercept_methods(without_kernels):
-            return flax.core.unfreeze(net.model.init(key, *zeros, **net.kwargs))
+            variables = flax.core.unfreeze(net.model.init(key, *zeros, **net.kwargs))
+        return without(nn.meta.unbox(variables), net.sown)
 
     return {"params": {}, **init(key)}

@@ -19,7 +19,8 @@ from dst.arena import VALUES, Arena, Connections, fill, lay_out, positions
 from dst.config import ConfigError
 from dst.execution import forward, init_rest
 from dst.network import Network
-from dst.state import SparseState, kernels_of
+from dst.state import SparseState, kernels_of, masks_of
+from dst.update import mask_kernels
 
 Entries = dict[str, np.ndarray]
 
@@ -90,8 +91,9 @@ def predictor(net: Network, source: SparseState | str | os.PathLike) -> Callable
     """`predict(*inputs)`: the outputs of a state, or of a file of `export` in net's execution.
 
     The model is called with the keyword arguments of `dst.network`, such as train=False. In sparse
-    execution no `nn.Dense` kernel is formed, whatever execution wrote the file. Errors: those of
-    `load`, a file of another network.
+    execution no `nn.Dense` kernel is formed, whatever execution wrote the file. What `state.params`
+    holds off the masks is left out, as `export` does. Errors: those of `load`, a file of another
+    network, a state whose parameters are not those of its connections.
     """
 
     @jax.jit
@@ -99,12 +101,28 @@ def predictor(net: Network, source: SparseState | str | os.PathLike) -> Callable
         return forward(net, *network, *inputs, **net.kwargs)
 
     if isinstance(source, SparseState):
-        return functools.partial(run, (source.params, source.masks, source.batch_stats))
+        _refuse_other_values(source)
+        params = mask_kernels(source.params, masks_of(source))
+        return functools.partial(run, (params, source.masks, source.batch_stats))
     return functools.partial(run, _restore(net, source))
+
+
+def _refuse_other_values(state: SparseState) -> None:
+    """Errors: parameters without a value for each connection, such as plain Flax kernels."""
+    if not isinstance(state.masks, Arena):
+        return
+    shape = getattr(state.params.get(VALUES, {}).get("kernel"), "shape", "missing")
+    if shape != state.masks.column.shape:
+        raise ConfigError(
+            f"state.params['{VALUES}']['kernel'] is {shape}, but must be "
+            f"{state.masks.column.shape}: in execution 'sparse' it holds the value of every "
+            "connection, in the place of the layers' kernels."
+        )
 
 
 def _kernels(state: SparseState) -> Iterator[tuple[str, Kernel]]:
     """The sparse layers' paths and kernels, on the host."""
+    _refuse_other_values(state)
     arena = state.masks
     if isinstance(arena, Arena):
         values = np.asarray(state.params[VALUES]["kernel"])

@@ -20,8 +20,9 @@ from jax import lax
 
 from dst.arena import Arena, Connections
 from dst.config import ConfigError
-from dst.execution import linear, variables_of
-from dst.network import Layer, Network, describe, is_layer, layer_path, obstacle
+from dst.execution import linear, part_of, variables_of
+from dst.network import Layer, Network, describe, is_layer
+from dst.obstacle import obstacle
 from dst.probes import marginals, observe, window
 from dst.state import SparseState
 from dst.update import AXIS, Loss, run_loss, stream
@@ -212,8 +213,8 @@ def _twin(connections: Connections) -> Callable:
         if context.method_name == "__call__":
             if isinstance(module, nn.BatchNorm):
                 return _normalise(module, x)
-            if is_layer(module) and layer_path(module) in sparse:
-                return linear(sparse[layer_path(module)], module, x, frozen=True)[0] + TRACE
+            if part := part_of(module, sparse):
+                return linear(part, module, x, frozen=True)[0] + TRACE
             if is_layer(module) and obstacle(module) is None:
                 kernel = module.get_variable("params", "kernel")
                 dense = isinstance(module, nn.Dense)

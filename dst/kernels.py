@@ -40,6 +40,8 @@ HANDLERS = {
     "dst_best": "DstBest",
     "dst_exchange": "DstExchange",
     "dst_move": "DstMove",
+    "dst_arrivals": "DstArrivals",
+    "dst_exists": "DstExists",
 }
 MOST_TAPS = 11  # along one side of a convolution's kernel
 MAP = (1, 2, 3, 0)  # (N, H, W, C) with the batch innermost in memory
@@ -202,15 +204,17 @@ def best(
     new_column: Array,
     new_score: Array,
     k: Array,
+    salt: Array,
 ) -> tuple[Array, Array, Array]:
     """The k best distinct connections of two lists sorted by (row, column), sorted so again.
 
-    Shapes: int32, int32, float32 (P,) and (Q,), k <= P int32 () -> (P,). Entries with a score that
-    is not >= 0 are empty, wherever they stand; unused slots at the end are (2^31 - 1, 0, -1). Of
-    equal connections the first list's counts, of equal scores at the cut the first in order.
+    Shapes: int32, int32, float32 (P,) and (Q,), k <= P int32 (), salt uint32 (R,) of each row
+    -> (P,). Entries with a score that is not >= 0 are empty, wherever they stand; unused slots at
+    the end are (2^31 - 1, 0, -1). Of equal connections the first list's counts, of equal scores at
+    the cut the lower `hashing.hashed`.
     """
     call = _kernel("dst_best", (_like(row), _like(column), _like(score)))
-    row, column, score = call(row, column, score, new_row, new_column, new_score, k)
+    row, column, score = call(row, column, score, new_row, new_column, new_score, k, salt)
     return row, column, score
 
 
@@ -226,6 +230,27 @@ def exchange(
     call = _kernel("dst_exchange", (_like(column), _like(pointer), _like(column)))
     column, pointer, source = call(dropped, column, pointer, grown_row, grown_column, k)
     return column, pointer, source
+
+
+def arrivals(
+    random: Array, count: Array, bounds: Array, f: Array, g: Array, salt: Array, block: int
+) -> tuple[Array, Array, Array, Array]:
+    """Column, output, time and validity of a bucket's distinct pairs, as `arrivals.pairs_of`.
+
+    Shapes: random uint32 (2, n), count int32 () <= n, bounds int32 (4,): first output and the end,
+    first column and the end; cumulative shares f, g and salt uint32 -> int32, uint32, bool (n,).
+    """
+    n = random.shape[1]
+    shapes = [jax.ShapeDtypeStruct((n,), t) for t in (jnp.int32, jnp.int32, jnp.uint32, jnp.bool_)]
+    call = _kernel("dst_arrivals", shapes)
+    column, output, time, valid = call(random, count, bounds, f, g, salt, block=np.int64(block))
+    return column, output, time, valid
+
+
+def exists(column: Array, pointer: Array, row: Array, wanted: Array) -> Array:
+    """Whether the arena has (row, wanted column): int32 (n,), int32 (n,) -> bool (n,)."""
+    call = _kernel("dst_exists", jax.ShapeDtypeStruct(row.shape, jnp.bool_))
+    return call(column, pointer, row, wanted)
 
 
 def move(leaf: Array, source: Array) -> Array:

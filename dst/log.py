@@ -2,7 +2,8 @@
 
 `metrics.jsonl` holds the header in its first line and one event in each further line. An event is
 written before the checkpoint of its step, so cutting the file back to the restored step gives the
-log of a run that was never interrupted.
+log of a run that was never interrupted. What a resume changes (how often to evaluate, the machine,
+the revision) is told in an event "resume"; the header stays that of the first start.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,7 +26,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from dst import hosts
-from dst.checkpoint import first_difference
+from dst.checkpoint import another_run
 from dst.config import ConfigError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "dst-jax")
@@ -62,6 +63,7 @@ def no_log() -> Iterator[Log]:
 def open_log(workdir: str | os.PathLike, header: Mapping[str, Any], step: int) -> Iterator[Log]:
     """The log in `workdir`, continued after `step`: later events are cut off, the header stays.
 
+    Where this `header` is another, "resume" tells it. Before step 0 nothing stays, nor the header.
     Errors: `ConfigError` if the log there is of another config.
     """
     path = Path(workdir) / "metrics.jsonl"
@@ -74,7 +76,8 @@ def open_log(workdir: str | os.PathLike, header: Mapping[str, Any], step: int) -
         for line in lines[1:]
         if (e := _parse(line, "step", "event")) and e["step"] <= step and e["event"] != "end"
     ]
-    first = lines[0] if old is not None else _dumps(_plain(header))
+    known = None if old is None or step < 0 else headers(old, map(json.loads, kept))[-1]
+    first = _dumps(_plain(header)) if known is None else lines[0]
     replace(path, "".join(f"{line}\n" for line in [first, *kept]).encode())
     purge = step + 1 if lines else None  # TensorBoard hides what an earlier run wrote from there on
     # The suffix, for tensorboardX names files by the second and overwrites those of the same.
@@ -82,7 +85,37 @@ def open_log(workdir: str | os.PathLike, header: Mapping[str, Any], step: int) -
         str(path.parent / "tensorboard"), purge_step=purge, filename_suffix=f".{step}"
     )
     with open(path, "a", encoding="utf-8") as file, writer as tensorboard:
-        yield Log(file, tensorboard)
+        out = Log(file, tensorboard)
+        if known is not None and (changed := _changed(known, _plain(header))):
+            out.write("resume", step, changed=changed)
+            say(_sentence(workdir, known, changed))
+        yield out
+
+
+def headers(header: dict, events: Iterable[dict]) -> list[dict]:
+    """The header of a log, and what it became with each resume that changed something."""
+    found = [header]
+    for event in events:
+        if event["event"] == "resume":
+            changed = event["changed"]
+            config = {**found[-1]["config"], **changed.get("config", {})}
+            found.append({**found[-1], **changed, "config": config})
+    return found
+
+
+def _changed(known: dict, now: dict) -> dict[str, Any]:
+    """The part of a header that is another now; of the config the fields."""
+    changed = {k: v for k, v in now.items() if k != "config" and v != known.get(k)}
+    was = known["config"]
+    config = {k: v for k, v in now["config"].items() if k not in was or v != was[k]}
+    return {**changed, **({"config": config} if config else {})}
+
+
+def _sentence(workdir: Any, known: dict, changed: dict) -> str:
+    was = known["config"]
+    fields = [f"{k} = {v!r} (was {was.get(k)!r})" for k, v in changed.get("config", {}).items()]
+    others = [f"other {k}" for k in changed if k != "config"]
+    return f"{workdir} goes on with {', '.join([*fields, *others])}."
 
 
 def refuse_another_run(workdir: str | os.PathLike, config: Mapping[str, Any]) -> dict | None:
@@ -90,7 +123,7 @@ def refuse_another_run(workdir: str | os.PathLike, config: Mapping[str, Any]) ->
     path = Path(workdir) / "metrics.jsonl"
     lines = _lines(path) if path.exists() else []
     old = _parse(lines[0], "config") if lines else None
-    difference = first_difference(old["config"], config) if old else None
+    difference = another_run(old["config"], config) if old else None
     if difference:
         field, was, now = difference
         raise ConfigError(

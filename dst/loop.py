@@ -65,7 +65,7 @@ def loop(run: Parts, state: SparseState) -> tuple[SparseState, bool]:
     step, budget, previous = int(state.step), 1, None
     clock = Clock(time.monotonic(), step)
     shown = {"sparsity": sparsity_of(state.masks)}
-    done, stopping = finished(run, state), False
+    done, stopping, test = finished(run, state), False, None
     with stop_signals() as stop, log.progress(run.total, step) as bar:
         while not (done or stopping):
             # ---- Update, up to the next event
@@ -90,7 +90,7 @@ def loop(run: Parts, state: SparseState) -> tuple[SparseState, bool]:
 
             # ---- End of an epoch
             if step % run.per_epoch == 0:
-                state, done = end_epoch(run, state, step, clock)
+                state, done, test = end_epoch(run, state, step, clock)
                 clock = Clock(time.monotonic(), step)
 
             # ---- Rewire: before the update of this step, on its batch
@@ -102,7 +102,7 @@ def loop(run: Parts, state: SparseState) -> tuple[SparseState, bool]:
             if done or stopping or step % run.config.checkpoint_every == 0:
                 run.save(state)
     if done:
-        end(run, state, step)
+        end(run, state, step, test)
     else:
         log.say(f"Stopped at step {step} and saved; the same command resumes.")
     return state, done
@@ -135,7 +135,11 @@ def check(metrics: dict[str, Array] | None, step: int) -> dict[str, float]:
 
 
 def end_epoch(run: Parts, state: SparseState, step: int, clock: Clock):
-    """Log the epoch, evaluate, remember the best loss: (state, whether the run is over)."""
+    """Log the epoch, evaluate, remember the best loss.
+
+    The state, whether the run is over, and the test set's numbers, None if it was not its turn: it
+    is asked every `eval_every` epochs and in the end, the validation set after every epoch.
+    """
     config, epoch, seen = run.config, step // run.per_epoch, state.progress
     seconds = time.monotonic() - clock.time
     loss = float(seen.loss_sum) / int(seen.count)
@@ -156,9 +160,6 @@ def end_epoch(run: Parts, state: SparseState, step: int, clock: Clock):
         held_out = run.validate(state)
         loss = held_out["loss"]
         extra = {f"validation_{name}": value for name, value in held_out.items()}
-    if epoch % config.eval_every == 0 or step == run.total or extra:
-        test = {f"test_{name}": value for name, value in run.evaluate(state).items()}
-        run.writer.write("eval", step, epoch=epoch, **test, **extra, sparsity=sparsity)
     # Rounded as it is remembered: else an equal loss may look better for ever.
     better = np.float32(loss) < np.float32(seen.best_loss)
     fresh = fresh_progress()
@@ -168,7 +169,16 @@ def end_epoch(run: Parts, state: SparseState, step: int, clock: Clock):
             stale_epochs=jnp.int32(0) if better else seen.stale_epochs + 1,
         )
     state = state.replace(progress=jax.device_put(fresh, seen.loss_sum.sharding))
-    return state, finished(run, state)
+    done = finished(run, state)
+    test = tested(run, state) if done or epoch % config.eval_every == 0 else None
+    if test or extra:
+        run.writer.write("eval", step, epoch=epoch, **(test or {}), **extra, sparsity=sparsity)
+    return state, done, test
+
+
+def tested(run: Parts, state: SparseState) -> dict[str, float]:
+    """The numbers of the test set, as the log has them."""
+    return {f"test_{name}": value for name, value in run.evaluate(state).items()}
 
 
 def finished(run: Parts, state: SparseState) -> bool:
@@ -215,9 +225,9 @@ def cost_of(run: Parts, step: int) -> dict[str, float]:
     )
 
 
-def end(run: Parts, state: SparseState, step: int) -> None:
-    """The last line of the log."""
-    test = {f"test_{name}": value for name, value in run.evaluate(state).items()}
+def end(run: Parts, state: SparseState, step: int, test: dict[str, float] | None) -> None:
+    """The last line of the log; `test` is None in a run that was over when it was restored."""
+    test = test or tested(run, state)
     if not hosts.is_first():  # its log is the only one, and tells the cost
         return
     active = jax.device_get(active_counts(state.masks))

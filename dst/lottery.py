@@ -14,11 +14,11 @@ import numpy as np
 import optax
 
 from dst.config import ConfigError
-from dst.masks import active_count, strongest
+from dst.masks import strongest
 from dst.methods import Method
 from dst.network import Network
 from dst.scores import start_with
-from dst.state import SparseState, init_state, kernels_of
+from dst.state import SparseState, count_of, init_state, kernels_of
 
 LEVELS = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98)  # section 4.1
 
@@ -31,13 +31,13 @@ def levels(sparsity: float, among: Sequence[float] = LEVELS) -> tuple[float, ...
 def winning(net: Network, state: SparseState, sparsity: float) -> dict[str, np.ndarray]:
     """Masks of the largest |w| among the trained, K of them: global, by stable rank.
 
-    Errors: sparse execution, fewer connections than K, weights that are not finite.
+    Errors: sparse execution, fewer connections than K or K = 0, weights that are not finite.
     """
     if net.execution == "sparse":
         raise ConfigError(
             "execution is 'sparse', but 'lottery' begins with all connections; it must be 'masked'."
         )
-    K = active_count(net.possible, sparsity)
+    K = count_of(net, sparsity)
     active = sum(np.count_nonzero(mask) for mask in state.masks.values())
     if active < K:
         raise ConfigError(
@@ -54,10 +54,12 @@ def ticket(
     tx: optax.GradientTransformation,
     method: Method,
     key: jax.Array,
-    masks: Mapping[str, Any],
+    masks: Mapping[str, Any] | None = None,
 ) -> SparseState:
     """The state at the start of a round: theta_0 of this key on the masks, all else new.
 
-    `method` starts with all connections. Weights that stay are those of `init_state` bit for bit.
+    Without masks it is that of the first round, with all connections, as `method` starts. Weights
+    that stay are those of `init_state` bit for bit.
     """
-    return start_with(tx, init_state(net, tx, method, key), masks)
+    state = init_state(net, tx, method, key)
+    return start_with(tx, state, state.masks if masks is None else masks)

@@ -26,12 +26,14 @@ training, `lottery.py` the rounds.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from dst.config import ConfigError, Rule, check_field, check_value, choice
+from dst.combinations import check, check_execution, unread
+from dst.config import TRAIN_IMAGES, ConfigError, Rule, check_field, check_value, choice, default
 
 
 class Method(NamedTuple):
@@ -59,6 +61,9 @@ class Method(NamedTuple):
     subset_of: str = "dropped"  # |S| = c |P|, split by layer size; "active": |S_l| = c |A_l|
     rounds: int = 8  # of drawing, to replace duplicates and active connections
     explored: bool = False  # remember which connections ever existed, and report their share
+    momentum: float = (
+        0.9  # mu of the momentum v <- mu v + g that is a score (SNFS): the optimizer's
+    )
 
     @property
     def moves(self) -> bool:
@@ -74,6 +79,11 @@ class Method(NamedTuple):
     def ramps(self) -> bool:
         """Whether the sparsity grows during training, with a last rewire at `end` itself."""
         return self.moves and self.first_sparsity != self.sparsity
+
+    @property
+    def waits(self) -> bool:
+        """Whether what `init_state` makes must be pruned, or be a ticket's, before it may train."""
+        return not self.moves and self.first_sparsity != self.sparsity
 
 
 _RIGL = {"drop": "magnitude", "score": "dense gradient"}
@@ -129,7 +139,7 @@ RULES: dict[str, Rule | str] = {
     "drop": choice("", "magnitude", "layer magnitude", "threshold", "sign"),
     "score": choice("", "chance", "gradient", "dense gradient", "momentum"),
     "share": choice("", "momentum", "survivors"),
-    "heuristic": "heuristic",
+    "heuristic": choice("", "uniform", "grabo", "synflow", "graest"),
     "growth_memory": "growth_memory",
     "drop_fraction": "drop_fraction",
     "last_fraction": "drop_fraction",
@@ -140,6 +150,7 @@ RULES: dict[str, Rule | str] = {
     "subset_of": choice("dropped", "active"),
     "rounds": "sampling_rounds",
     "explored": "track_explored",
+    "momentum": "momentum",
 }
 
 # Config fields that a method may have its own value of: the field of `Method`.
@@ -153,13 +164,22 @@ OWN = {
     "subset_ratio": "subset_ratio",
     "sampling_rounds": "rounds",
 }
+# All config fields that a method reads, beside the schedule, which is the run's.
+FIELDS = {
+    **{field: name for field, name in OWN.items() if name != "every"},
+    "init_gain": "gain",
+    "growth_memory": "growth_memory",
+    "layer_floor": "floor",
+    "track_explored": "explored",
+}
 END_EPOCH = 120.0  # the paper's second learning rate drop; ITOP explores to the last epoch
 
 
 def method(name: str, sparsity: float = 0.98, **options) -> Method:
     """A row of Table 1 by name; `options` are fields of `Method`.
 
-    Errors: an unknown name, field or heuristic, a value out of range, an initial sparsity above s.
+    `every` and `end` are a run's schedule, which any method takes. Errors: an unknown name, field
+    or heuristic, a value out of range, fields that do not go together or that it never reads.
     """
     check_field("method", name)
     check_field("sparsity", sparsity)
@@ -170,34 +190,21 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
         )
     # A step count is often NumPy's; a method holds plain numbers.
     options = {f: v.item() if isinstance(v, np.generic) else v for f, v in options.items()}
-    if "heuristic" not in ROWS[name]:
-        options.pop("heuristic", None)
     for field, value in options.items():
         if value is not None or field != "initial":
             check_value(field, value, RULES[field])
-    made = Method(name, 0.0 if name == "dense" else sparsity, **{**ROWS[name], **options})
-    _check(made, ROWS[name].get("initial"))
+    row = Method(name, 0.0 if name == "dense" else sparsity)._replace(**ROWS[name])
+    made = row._replace(**options)
+    if made.initial != row.initial and made.drop != "magnitude":
+        raise ConfigError(f"initial must be {row.initial} for method {name!r}, not {made.initial}.")
+    check(made)
+    for field in sorted(unread(made) & options.keys()):
+        if options[field] != getattr(row, field):
+            raise ConfigError(
+                f"{field} must be {getattr(row, field)!r} for method {name!r}, which does not read "
+                f"it, not {options[field]!r}."
+            )
     return made
-
-
-def _check(made: Method, own: float | None) -> None:
-    """Fields that do not go together."""
-    if made.initial != own and made.drop != "magnitude":
-        raise ConfigError(f"initial must be None for method {made.name!r}, not {made.initial}.")
-    if made.first_sparsity > made.sparsity:
-        raise ConfigError(
-            f"initial must be at most {made.sparsity}, the sparsity to reach, not {made.initial}."
-        )
-    if made.growth_memory == "streamed" and made.score != "dense gradient":
-        raise ConfigError(
-            f"growth_memory must be 'dense' for method {made.name!r}, which takes no dense "
-            "gradient, not 'streamed'."
-        )
-    if made.share and (made.heuristic or made.growth_memory == "streamed"):
-        raise ConfigError(
-            f"share must be '' for a method that does not score every inactive connection at "
-            f"once, not {made.share!r}."
-        )
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -216,3 +223,94 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if resolved.method == "dense":
         resolved.sparsity = 0.0
     return resolved.lock()
+
+
+def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
+    """The row of Table 1 that a resolved config names, its epochs turned into steps.
+
+    What the method never reads keeps the row's value.
+    """
+    ignored = unread_fields(config)
+    options = {name: config[field] for field, name in FIELDS.items() if field not in ignored}
+    if config.method == "itop":
+        options["explored"] = True
+    if ROWS[config.method].get("score") == "momentum":
+        options["momentum"] = config.momentum
+    options |= {"every": config.rewire_every, "end": end_of(config, steps_per_epoch)}
+    return method(config.method, config.sparsity, **options)
+
+
+def end_of(config: ConfigDict, steps_per_epoch: int) -> int:
+    """The step at which a resolved config's rewires end. Errors: none before it."""
+    end = round(config.rewire_end_epoch * steps_per_epoch)
+    if end < 1:
+        raise ConfigError(
+            f"rewire_end_epoch must be at least one step of an epoch's {steps_per_epoch}, "
+            f"not {config.rewire_end_epoch}."
+        )
+    return end
+
+
+def never_read(config: Mapping[str, Any]) -> set[str]:
+    """Fields that a run of this resolved config's model and method never reads."""
+    fields = {"hidden"} if config["model"] != "mlp" else {"depth", "width"}
+    if config["model"] == "vgg":
+        fields.add("depth")
+    if "drop" not in ROWS[config["method"]]:
+        fields |= {"rewire_every", "rewire_end_epoch"}
+    if config["method"] == "dense":
+        fields.add("sparsity")
+    return fields | unread_fields(config)
+
+
+def unread_fields(config: Mapping[str, Any]) -> set[str]:
+    """Fields of a resolved config that its method never reads, the schedule aside."""
+    name = config["method"]
+    row = Method(name, 0.0)._replace(**ROWS[name])
+    ignored = unread(row._replace(initial=config.get("initial_sparsity", row.initial)))
+    fields = {field for field, name in FIELDS.items() if name in ignored}
+    if row.before not in ("snip", "grasp", "grasp_abs"):
+        fields.add("score_batches")
+    if row.name != "lottery":
+        fields.add("lottery_levels")
+    return fields
+
+
+def told_unread(config: ConfigDict) -> str | None:
+    """A sentence on what a resolved config sets and its method never reads; None if nothing.
+
+    Said once and not refused: a sweep gives the same flags to many methods.
+    """
+    usual = default()
+    usual.method = config.method
+    usual = resolve(usual)
+    fields = [field for field in sorted(unread_fields(config)) if config[field] != usual[field]]
+    if not fields:
+        return None
+    listed = ", ".join(f"{field}={config[field]!r}" for field in fields)
+    return f"Method {config.method!r} does not read {listed}, which changes nothing."
+
+
+def check_config(config: ConfigDict) -> None:
+    """What `config.validate` cannot see field by field. Errors: as `method` and `check_execution`,
+    a ramp that the run ends before, Lottery's levels that do not begin with every connection."""
+    images = TRAIN_IMAGES[config.dataset] - config.validation_size
+    config, per_epoch = resolve(config), images // config.batch_size
+    if (config.initial_sparsity or 0.0) > config.sparsity:
+        raise ConfigError(
+            f"initial_sparsity must be at most {config.sparsity}, the sparsity to reach, "
+            f"not {config.initial_sparsity}."
+        )
+    made = method_of(config, per_epoch)
+    check_execution(made, config.execution)
+    if made.ramps and made.end >= config.epochs * per_epoch:
+        raise ConfigError(
+            f"rewire_end_epoch must be below epochs, {config.epochs}, for method {made.name!r} "
+            f"from sparsity {made.first_sparsity}, which reaches {made.sparsity} then, "
+            f"not {config.rewire_end_epoch}."
+        )
+    if made.name == "lottery" and made.sparsity and config.lottery_levels[:1] != (0.0,):
+        raise ConfigError(
+            "lottery_levels must begin with 0.0, as its first training is that of every "
+            f"connection, not {config.lottery_levels!r}."
+        )

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from dst.config import ConfigError
+from dst.config import ConfigError, quoted
 from dst.network import Layer
 
 Array = jax.Array
@@ -71,13 +71,23 @@ def refuse_unless_coordinate_wise(
     """Refuses an optimizer that would treat one vector of all connections unlike the kernels.
 
     Global norms and masks by a parameter's name are fine. A few steps are taken on small kernels,
-    and on the same numbers as one vector, params["arena"]["kernel"].
+    and on the same numbers as one vector, params["arena"]["kernel"]. What an optimizer raises on
+    ordinary kernels too is its own error, and raised as it is.
     """
     rest = traverse_util.flatten_dict(jax.eval_shape(lambda: params), sep="/")
     try:
         alike = _same_steps(tx, rest, layers) and _same_state(tx, rest, layers)
-    except Exception:  # whatever an optimizer makes of parameters that it was not built for
+    except ConfigError:  # moments in no parameter's shape
         alike = False
+    except (
+        Exception
+    ) as error:  # whatever an optimizer makes of parameters that it was not built for
+        _step_kernels(tx, rest, layers)
+        raise ConfigError(
+            f"the optimizer fails with {quoted(error)} in execution 'sparse', where "
+            "all connections are one vector; use one that works coordinate by coordinate (SGD, "
+            "Adam, AdamW, a global norm, ...)."
+        ) from error
     if not alike:
         raise ConfigError(
             "the optimizer treats kernels by their shape or layer (as LAMB, Adafactor, Muon or a "
@@ -137,10 +147,21 @@ def _same_state(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> bool:
     """Whether the kernels' real shapes give the same kinds of moments as small ones."""
 
     def owners(shapes: dict[str, tuple[int, ...]]) -> list[str | None]:
+        params = _parameters(rest, shapes)
         kernels = {path: jax.ShapeDtypeStruct(s, np.float32) for path, s in shapes.items()}
-        tree = rest | {f"{path}/kernel": kernel for path, kernel in kernels.items()}
-        params = traverse_util.unflatten_dict(tree, sep="/")
         return recognise(jax.eval_shape(tx.init, params), params, kernels)
 
     real = {path: layer.shape for path, layer in layers.items()}
     return owners(real) == owners({path: _small(shape) for path, shape in real.items()})
+
+
+def _step_kernels(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> None:
+    """One step on the kernels themselves, as shapes. Errors: the optimizer's own."""
+    params = _parameters(rest, {path: layer.shape for path, layer in layers.items()})
+    jax.eval_shape(lambda w: tx.update(w, tx.init(w), w), params)
+
+
+def _parameters(rest: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Any:
+    """The parameters with kernels of these shapes: {layer path: shape}."""
+    kernels = {f"{path}/kernel": jax.ShapeDtypeStruct(s, np.float32) for path, s in shapes.items()}
+    return traverse_util.unflatten_dict(rest | kernels, sep="/")

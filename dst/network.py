@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
-from dst.config import ConfigError, check_field
+from dst.config import ConfigError, check_field, quoted
+from dst.obstacle import mapped, obstacle, pair, unlike_float32
+from dst.sown import Path, sown
 
 LOGGER = logging.getLogger("dst")
 
@@ -28,6 +30,7 @@ class Layer(NamedTuple):
     strides: tuple[int, int] = (1, 1)
     padding: Any = "SAME"
     dilation: tuple[int, int] = (1, 1)
+    precision: Any = None  # the module's, see `jax.lax.Precision`
 
     @property
     def n_in(self) -> int:
@@ -57,6 +60,7 @@ class Layer(NamedTuple):
             self.pads(h.shape[-3:-1]),
             rhs_dilation=self.dilation,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=self.precision,
         )
         return y.reshape(*h.shape[:-3], *y.shape[1:])
 
@@ -70,6 +74,7 @@ class Network(NamedTuple):
     args: tuple[Any, ...]  # the example inputs, as shapes
     kwargs: dict[str, Any]
     execution: str = "masked"  # or "sparse"
+    sown: frozenset[Path] = frozenset()  # what the model sows, which no state holds
 
     @property
     def possible(self) -> int:
@@ -87,46 +92,26 @@ def layer_path(module: nn.Module) -> str:
     return "/".join(module.path)
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    if value is None:
-        return (1, 1)
-    return (value, value) if isinstance(value, int) else tuple(value)
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a layer is applied to variables of its own, where the model's kernels do not exist.
 
-
-def obstacle(module: Any) -> str | None:
-    """Why the probes cannot stand for this layer's product; None if they can."""
-    base: Any = nn.Dense if isinstance(module, nn.Dense) else nn.Conv
-    if type(module).__call__ is not base.__call__:
-        return f"{type(module).__name__} overrides __call__"
-    if base is nn.Dense:
-        custom = module.dot_general is not None or module.dot_general_cls is not None
-        return "a custom dot_general" if custom else None
-    size = module.kernel_size
-    if isinstance(size, int) or len(size) != 2:
-        return f"kernel_size {size}: only 2-D convolutions are covered"
-    if module.feature_group_count != 1:
-        return f"feature_group_count {module.feature_group_count}"
-    if _pair(module.input_dilation) != (1, 1):
-        return f"input_dilation {module.input_dilation}"
-    if isinstance(module.padding, str) and module.padding not in ("SAME", "VALID"):
-        return f"padding {module.padding!r}"
-    if module.mask is not None:
-        return "a mask= of its own"
-    if module.conv_general_dilated is not None or module.conv_general_dilated_cls is not None:
-        return "a custom conv_general_dilated"
-    return None
+    As `nn.Dense(3).apply(variables, h)` inside a model, whose path may be that of another layer.
+    """
+    return module.has_variable("params", "kernel")
 
 
 def describe(module: Any, h: Any) -> Layer:
     """The layer as static data, once `obstacle` found nothing in the way."""
     path = layer_path(module)
     if isinstance(module, nn.Dense):
-        return Layer(path, "dense", (h.shape[-1], module.features))
+        shape = (h.shape[-1], module.features)
+        return Layer(path, "dense", shape, precision=module.precision)
     padding = module.padding
     if not isinstance(padding, str):
-        padding = tuple(_pair(p) for p in ((padding,) * 2 if isinstance(padding, int) else padding))
+        padding = tuple(pair(p) for p in ((padding,) * 2 if isinstance(padding, int) else padding))
     shape = (*module.kernel_size, h.shape[-1], module.features)
-    return Layer(path, "conv", shape, _pair(module.strides), padding, _pair(module.kernel_dilation))
+    strides, dilation = pair(module.strides), pair(module.kernel_dilation)
+    return Layer(path, "conv", shape, strides, padding, dilation, module.precision)
 
 
 def network(
@@ -166,38 +151,40 @@ def network(
             _refuse(path, "its kernel is not stored at its own path")
     # JAX gives dicts of layers back sorted by path, which is not always the parameters' order.
     net = Network(model, dict(sorted(layers.items())), dense, shapes, kwargs, execution)
-    _check(net, variables)
-    return net
+    _refuse_size(net, variables["params"])
+    return net._replace(sown=_sown(net, variables))
 
 
 def _discover(model, shapes, kwargs, sparse) -> tuple[dict[str, Layer | None], dict[str, Any]]:
     """{path: layer, or None if `sparse` leaves it out} in call order, and the variables' shapes."""
     found: dict[str, Layer | None] = {}
-    norms: list[nn.Module] = []  # the WeightNorms and SpectralNorms around the current call
+    foreign: set[str] = set()
+
+    def record(module, h):
+        path = layer_path(module)
+        if path not in found and is_foreign(module):
+            foreign.add(module.name or type(module).__name__)
+        elif not sparse(path):
+            found[path] = None
+        elif not path:
+            _refuse(path, "it has no path; put a model that is one layer into a module")
+        elif why := obstacle(module) or mapped(module) or unlike_float32(module):
+            _refuse(path, why)
+        else:
+            found.setdefault(path, describe(module, h))
 
     def discover(next_fun, arguments, keywords, context):
         module = context.module
         if context.method_name == "__call__" and is_layer(module):
-            path = layer_path(module)
-            if not sparse(path):
-                found[path] = None
-            elif not path:
-                _refuse(path, "it has no path; put a model that is one layer into a module")
-            elif why := obstacle(module) or (norms and "its kernel is reparameterised by a norm"):
-                _refuse(path, why)
-            else:
-                found[path] = describe(module, arguments[0] if arguments else keywords["inputs"])
-        if not isinstance(module, nn.WeightNorm | nn.SpectralNorm):
-            return next_fun(*arguments, **keywords)
-        norms.append(module)
-        try:
-            return next_fun(*arguments, **keywords)
-        finally:
-            norms.pop()
+            record(module, arguments[0] if arguments else keywords["inputs"])
+        return next_fun(*arguments, **keywords)
 
     # Without jit: a layer under nn.jit that was traced before would not be seen.
     with nn.intercept_methods(discover), jax.disable_jit():
-        return found, _abstract_init(model, shapes, kwargs)
+        variables = _abstract_init(model, shapes, kwargs)
+    for name in sorted(foreign):
+        LOGGER.warning("%s stays dense: it is applied to variables of its own.", name)
+    return found, variables
 
 
 def _refuse(path: str, why: str) -> NoReturn:
@@ -208,11 +195,11 @@ def _refuse(path: str, why: str) -> NoReturn:
 
 def _abstract_init(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     init = lambda *a: model.init(jax.random.key(0), *a, **kwargs)  # noqa: E731
-    return flax.core.unfreeze(jax.eval_shape(init, *args))
+    return nn.meta.unbox(flax.core.unfreeze(jax.eval_shape(init, *args)))
 
 
-def _check(net: Network, variables: Mapping[str, Any]) -> None:
-    """Refuse networks with nothing to make sparse, too many connections, tied or hidden kernels."""
+def _refuse_size(net: Network, params: Mapping[str, Any]) -> None:
+    """Refuse networks with nothing to make sparse, or with too many connections."""
     if not net.layers:
         raise ConfigError("the model has no nn.Dense or nn.Conv layer that may be sparse.")
     if net.execution == "masked" and net.possible >= 2**31:
@@ -220,10 +207,17 @@ def _check(net: Network, variables: Mapping[str, Any]) -> None:
             f"the model has {net.possible} possible connections; masked execution allows 2^31 - 1, "
             "execution='sparse' any number."
         )
-    if net.execution == "sparse" and "arena" in variables["params"]:
+    if net.execution == "sparse" and "arena" in params:
         raise ConfigError(
             "the model has parameters named 'arena', which is where dst keeps its own."
         )
+
+
+def _sown(net: Network, variables: Mapping[str, Any]) -> frozenset[Path]:
+    """What the model sows, from calls without the sparse kernels. Errors: kernels read elsewhere.
+
+    And whatever the model itself raises when it is applied to its example inputs.
+    """
     params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     without = {k: v for k, v in params.items() if k.removesuffix("/kernel") not in net.layers}
     empty = {(*path.split("/"), ""): jnp.zeros(0) for path in net.layers}
@@ -235,29 +229,43 @@ def _check(net: Network, variables: Mapping[str, Any]) -> None:
 
     def skip(next_fun, arguments, keywords, context):
         module = context.module
-        layer = net.layers.get(layer_path(module))
-        if context.method_name != "__call__" or layer is None:
+        layer = net.layers.get(layer_path(module)) if is_layer(module) else None
+        if context.method_name != "__call__" or layer is None or is_foreign(module):
             return next_fun(*arguments, **keywords)
         if not module.has_variable("probes", ""):
             _refuse(layer.path, "nn.scan, nn.vmap or nn.RNN shares its kernel between calls")
         return skipped(layer, module, arguments[0] if arguments else keywords["inputs"])
 
-    def run(rest, *args):
-        rngs = {name: jax.random.key(0) for name in ("dropout", "params")}
-        return net.model.apply(rest, *args, **net.kwargs, rngs=rngs, mutable=True)
+    def run(collections, mutable=True):
+        with nn.intercept_methods(skip):
+            return _abstract_apply(net, collections, mutable)
 
-    # init has passed, and no sparse layer runs here: who misses a kernel now, reads it elsewhere.
+    # Who misses a kernel now reads it elsewhere, as no sparse layer runs here; unless it is the
+    # model's own error.
     try:
-        with nn.intercept_methods(skip), jax.disable_jit():
-            jax.eval_shape(run, rest, *net.args)
+        _, again = run(rest)
     except ConfigError:
         raise
     except Exception as error:
+        _abstract_apply(net, variables, True)
         raise ConfigError(
             "a sparse kernel is read outside its own layer (weight tying), which raises "
-            f"{type(error).__name__} once it is gone; leave that layer dense with sparse=lambda "
-            "path: ..."
+            f"{quoted(error)} once it is gone; leave that layer dense with sparse=lambda path: ..."
         ) from error
+    missing = lambda c, mutable: run({k: rest[k] for k in rest if k != c}, mutable)  # noqa: E731
+    return sown(variables, again, missing)
+
+
+def _abstract_apply(net: Network, variables: Mapping[str, Any], mutable: Any) -> Any:
+    """The shapes of what the model gives for its example inputs."""
+
+    def run(variables, *args):
+        rngs = {name: jax.random.key(0) for name in ("dropout", "params")}
+        return net.model.apply(variables, *args, **net.kwargs, rngs=rngs, mutable=mutable)
+
+    # Without jit: the traces that nn.jit keeps know nothing of an interceptor.
+    with jax.disable_jit():
+        return jax.eval_shape(run, variables, *net.args)
 
 
 def skipped(layer: Layer, module: Any, h: Any) -> jax.Array:

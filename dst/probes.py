@@ -24,13 +24,15 @@ from flax import traverse_util
 from jax import lax
 
 from dst.config import ConfigError
-from dst.network import Layer, is_layer, layer_path, skipped
+from dst.network import Layer, is_foreign, is_layer, layer_path, skipped
 
 Array = jax.Array
 Tree = Mapping[str, Any]
 
 # Products of one chunk of candidates: 2^20 float32 (4 MiB) keeps them in cache, whatever |S| is.
 CHUNK_ELEMENTS = 2**20
+
+MARK = "called"  # the probe that tells a layer of the model from others of the same path
 
 # Each `observe` names its probes anew: from a trace that nn.jit kept, no calls could be counted.
 OBSERVED = itertools.count()
@@ -136,7 +138,10 @@ def _chunk(elements: int, candidates: int) -> int:
 
 
 def intercepted(layers: Mapping[str, Layer], tap: Callable[..., Array]):
-    """A context in which the output y of each sparse layer is tap(layer, module, h, y)."""
+    """A context in which the output y of each sparse layer is tap(layer, module, h, y).
+
+    A layer of the same path that is applied to variables of its own has no probes: tap returns y.
+    """
 
     def interceptor(next_fun, args, kwargs, context):
         module = context.module
@@ -163,6 +168,8 @@ def marginals(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], dtype=
     """
 
     def tap(layer, module, h, y):
+        if not module.has_variable("probes", "marginals"):
+            return y
         probe = module.get_variable("probes", "marginals")
         return tap_sums(h, y, probe["f"], probe["g"])
 
@@ -225,6 +232,8 @@ def observe(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]):
     seen = {path: 0 for path in layers}
 
     def tap(layer, module, h, y):
+        if not module.has_variable("probes", name):
+            return y
         call, seen[layer.path] = seen[layer.path], seen[layer.path] + 1
         if call >= len(calls[layer.path]):
             return y
@@ -273,10 +282,13 @@ def layer_calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> d
     """The shapes of h and y in every call of every layer, in call order; nothing is computed."""
     calls: dict[str, list] = {path: [] for path in layers}
 
+    def another(module):  # in `init`, which takes no probes, the model's own have no kernel yet
+        return is_foreign(module) and not module.has_variable("probes", MARK)
+
     def record(next_fun, args, kwargs, context):
         module = context.module
         layer = layers.get(layer_path(module)) if is_layer(module) else None
-        if context.method_name != "__call__" or layer is None:
+        if context.method_name != "__call__" or layer is None or another(module):
             return next_fun(*args, **kwargs)
         h = jnp.asarray(args[0] if args else kwargs["inputs"])
         y = skipped(layer, module, h)
@@ -286,5 +298,5 @@ def layer_calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> d
 
     # Without jit: a layer under nn.jit that was traced before would not be seen.
     with nn.intercept_methods(record), jax.disable_jit():
-        jax.eval_shape(lambda: loss({}))
+        jax.eval_shape(lambda: loss({"probes": nested({p: {MARK: jnp.zeros(0)} for p in layers})}))
     return calls

@@ -30,10 +30,14 @@ Array = jax.Array
 CHUNK = 1024  # connections a step of the pure tier: 2 x 1024 rows of 128 float32 are 1 MiB
 
 
+def on_cpu() -> bool:
+    """Whether the C++ kernels run here: on a CPU, if they were built."""
+    return jax.default_backend() == "cpu" and kernels.available()
+
+
 def compiled(values: Array) -> bool:
-    """Whether the C++ kernels compute this: on a CPU, in float32, if they were built."""
-    on_cpu = jax.default_backend() == "cpu"
-    return on_cpu and values.dtype == jnp.float32 and kernels.available()
+    """Whether the C++ kernels compute this: where they run, in float32."""
+    return on_cpu() and values.dtype == jnp.float32
 
 
 def tier() -> str:
@@ -99,7 +103,8 @@ def add_bias(y: Array, bias: Array) -> Array:
 
 def _bias_backward(_, delta):
     # A product with ones: for a sum, XLA would transpose all of delta first.
-    return delta, delta @ jnp.ones(delta.shape[1], delta.dtype)
+    ones = jnp.ones(delta.shape[1], delta.dtype)
+    return delta, jnp.matmul(delta, ones, precision=lax.Precision.HIGHEST)
 
 
 add_bias.defvjp(lambda y, bias: (add_bias(y, bias), None), _bias_backward)
@@ -229,7 +234,8 @@ def _backward(part: Part, values: Array, arena: Arena, h: Array, delta: Array, g
         dh, gradient = carry
         seen = delta[o]
         dh = dh.at[i].add(value[:, None] * seen)
-        return dh, _add_at(gradient, at, ((h[i] * seen) @ ones)[:, 0])
+        total = jnp.matmul(h[i] * seen, ones, precision=lax.Precision.HIGHEST)
+        return dh, _add_at(gradient, at, total[:, 0])
 
     return over_connections(part, values, arena, add, (jnp.zeros_like(h), gradient))
 

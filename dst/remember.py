@@ -1,7 +1,8 @@
 """What a method remembers between steps, beside masks and weights: `SparseState.method`.
 
-A dict of what the method needs, empty for most: SNFS's momentum of every possible connection, DSR's
-threshold, DeepR's signs, ITOP's connections that ever existed.
+A dict of what the method needs, empty for most: SNFS's momentum of every possible connection and
+its decay, DSR's threshold, DeepR's signs, ITOP's connections that ever existed; and the mark of a
+state that has all connections, but may not train with them.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
+from dst.config import ConfigError
 from dst.masks import random_signs
 from dst.methods import Method
 
 Array = jax.Array
 Own = Mapping[str, Any]
 
-DECAY = 0.9  # of SNFS's momentum: that of the paper's SGD
 THRESHOLD, TOLERANCE = 1e-3, 0.1  # H at the start and delta of DSR (Mostafa and Wang, 2019)
+
+
+class Waiting(struct.PyTreeNode):
+    """The mark of a state to be pruned before it trains: structure only, no array."""
+
+    method: str = struct.field(pytree_node=False)
 
 
 def first_memory(
@@ -30,6 +38,7 @@ def first_memory(
     own: dict[str, Any] = {}
     if method.score == "momentum":
         own["momentum"] = jax.tree.map(jnp.zeros_like, dict(kernels))
+        own["decay"] = jnp.float32(method.momentum)
     if method.drop == "threshold":
         own["threshold"] = jnp.float32(THRESHOLD)
     if method.drop == "sign":
@@ -40,14 +49,32 @@ def first_memory(
         }
     if method.explored:
         own["explored"] = jax.tree.map(jnp.copy, dict(masks))
+    if method.waits:
+        own["waiting"] = Waiting(method.name)
     return own
+
+
+def begun(state: Any) -> Any:
+    """`state` without the mark, as pruning or a Lottery ticket leaves it."""
+    return state.replace(method={k: v for k, v in state.method.items() if k != "waiting"})
+
+
+def refuse_waiting(own: Own) -> None:
+    """Errors: a state that was to be pruned first."""
+    if "waiting" in own:
+        name = own["waiting"].method
+        call = "dst.lottery.ticket" if name == "lottery" else "dst.prune_at_init"
+        raise ConfigError(
+            f"state has all connections, but method {name!r} prunes before training; call {call} "
+            "first."
+        )
 
 
 def follow(own: Own, gradients: Mapping[str, Array]) -> Own:
     """After a step: momentum v <- mu v + g of every possible connection, not of the active only."""
     if "momentum" not in own:
         return own
-    momentum = {path: DECAY * v + gradients[path] for path, v in own["momentum"].items()}
+    momentum = {path: own["decay"] * v + gradients[path] for path, v in own["momentum"].items()}
     return {**own, "momentum": momentum}
 
 

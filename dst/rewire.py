@@ -22,25 +22,30 @@ import optax
 from jax import lax
 
 from dst.candidates import Candidates, candidates
+from dst.combinations import check, check_execution
 from dst.config import ConfigError
 from dst.drop import DROPS, weakest
 from dst.explore import sparse_rewire_body
+from dst.hashing import hashes_at
 from dst.heuristics import HEURISTICS, ON_HOST
 from dst.masks import dead_units
 from dst.methods import Method
 from dst.moments import recognise, reset_inactive
 from dst.network import Network
 from dst.plan import plan
-from dst.remember import after_rewire, told
+from dst.remember import after_rewire, refuse_waiting, told
 from dst.select import bits, lowest
 from dst.share import share_out
 from dst.state import SparseState, active_counts, join, kernels_of
 from dst.update import (
+    TIE_STREAM,
     Loss,
     all_finite,
     mask_kernels,
     parallel,
+    placer,
     split_batch,
+    stream,
 )
 
 Array = jax.Array
@@ -52,6 +57,8 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
     """One rewire on one device's share of the batch: (state, batch, f x g) -> (state, report)."""
     if not method.moves:
         raise ConfigError(f"method is {method.name!r}, whose connections never move.")
+    check(method)
+    check_execution(method, net.execution)
     if net.execution == "sparse":
         return sparse_rewire_body(net, tx, method, loss)
     planned = plan(net, method)
@@ -60,6 +67,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
     most = int(planned.grown.max()) if method.drop == "magnitude" else net.possible
 
     def body(state: SparseState, batch: Any, fg: Any):
+        refuse_waiting(state.method)
         event = planned.event(state.step)
         target, G_t = (jnp.asarray(n)[event] for n in (planned.active, planned.grown))
         # The gradient is taken before the drop; P and G are disjoint: S holds inactive ones only.
@@ -72,9 +80,16 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         grow = jnp.minimum(room - surplus, jnp.isfinite(S.score).sum(dtype=jnp.int32))
         grow = jnp.clip(grow, 0, most) if method.score else jnp.int32(0)
         dropped = jnp.maximum(jnp.minimum(surplus + grow, room), 0)
-        survivors = A & ~weakest(w, eligible, dropped)
+        key = stream(state, TIE_STREAM)
+        everywhere = jnp.arange(net.possible, dtype=jnp.int32)
+        ties = lambda: hashes_at(net, key, everywhere)  # noqa: E731
+        survivors = A & ~weakest(w, eligible, dropped, ties)
         weights = layer_weights(method, state, survivors)
-        A = survivors | grown(net, S, grow, most, weights)
+        A = survivors
+        if weights is not None:
+            A |= shared_out(net, S, grow, weights)
+        elif most and method.score:
+            A |= grown(net, S, grow, most, key)
         finite = S.finite & all_finite(kernels_of(state.params, state.masks))
         own = after_rewire(state.method, apart(net, A), wanted, G_t)
         state = reconnect(tx, state, apart(net, A), apart(net, survivors)).replace(method=own)
@@ -83,15 +98,20 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
     return body
 
 
-def grown(net: Network, S: Candidates, k: Array, most: int, weights: Array | None) -> Array:
-    """G, the k <= `most` best of S: bool (N,). Of equals the first in layer order.
+def grown(net: Network, S: Candidates, k: Array, most: int, key: Array) -> Array:
+    """G, the k <= `most` best of S: bool (N,). Of equals those of the lower hashes."""
+    values, _ = lax.top_k(S.score, min(most, S.score.size))
+    cut = values[jnp.maximum(k - 1, 0)]
+    better, equal = S.score > cut, (S.score == cut) & jnp.isfinite(S.score)
+    left = k - better.sum(dtype=jnp.int32)
+    ties = lambda: lowest(hashes_at(net, key, S.position), equal, left)  # noqa: E731
+    some = lax.cond(equal.sum(dtype=jnp.int32) > left, ties, lambda: equal)
+    at = jnp.where((better | some) & (k > 0), S.position, net.possible)
+    return jnp.zeros(net.possible, bool).at[at].set(True, mode="drop")
 
-    Globally, or with `weights` (L,) shared out to the layers in proportion, where S is everything.
-    """
-    if weights is None:
-        best = top(S.score, most, k, S.position.size)
-        at = jnp.append(S.position, net.possible)[best]
-        return jnp.zeros(net.possible, bool).at[at].set(True, mode="drop")
+
+def shared_out(net: Network, S: Candidates, k: Array, weights: Array) -> Array:
+    """G, k of S, which is everything, in proportion to the layers' `weights` (L,): bool (N,)."""
     sizes = [layer.size for layer in net.layers.values()]
     scores = jnp.split(S.score, np.cumsum(sizes)[:-1])
     room = jnp.stack([jnp.isfinite(score).sum(dtype=jnp.int32) for score in scores])
@@ -101,12 +121,6 @@ def grown(net: Network, S: Candidates, k: Array, most: int, weights: Array | Non
         for score, count in zip(scores, counts, strict=True)
     ]
     return jnp.concatenate(G)
-
-
-def top(score: Array, size: int, k: Array, nowhere: int) -> Array:
-    """Positions of the k largest of `score` in static shape: `nowhere` from rank k on."""
-    _, index = lax.top_k(score, min(size, score.size))
-    return jnp.where(jnp.arange(index.size) < k, index, nowhere)
 
 
 def layer_weights(method: Method, state: SparseState, survivors: Array) -> Array | None:
@@ -175,8 +189,10 @@ def make_rewire(
     body = rewire_body(net, tx, method, loss)
     step = parallel(body, (None, 0, None), devices, (0,) if donate else ())
     measure = host_heuristic(net, method, loss)
+    place = placer(devices)
 
     def rewire(state: SparseState, batch: Any):
+        state = place(state)
         return step(state, split_batch(batch, devices), measure(state, batch))
 
     return rewire

@@ -1,72 +1,175 @@
-"""Sampling S: distinct inactive connections from the product distribution f x g, static shapes."""
+"""Sampling S: distinct inactive connections from the product distribution f x g, static shapes.
+
+Both executions call this with the same keys and differ only in how they tell whether a connection
+`exists`. The law is that of successive draws without replacement (Plackett-Luce). A layer whose S
+fits in a chunk is drawn at once, in rounds; a larger one, a chunk at a time, by `dst.arrivals`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from dst import arrivals
+from dst.arena import Part
+from dst.arrivals import LAST, Exists, Pairs
+from dst.methods import Method
+from dst.network import Network
+from dst.plan import Plan
+from dst.units import cumulative_shares, draw_pairs
+
 Array = jax.Array
+Visit = Callable[[Any, Pairs, Array], Any]  # visit(carry, pairs, which of them are in S) -> carry
 
-# jax.random.categorical builds draws x n noise. 2^20 float32 (4 MiB) bound that; above, the same
-# law comes from inverting the cumulative sum.
-CATEGORICAL_ELEMENTS = 2**20
+LEAST, MOST = 2**14, 2**20  # pairs of a chunk
 
 
-def draw_units(key: Array, p: Array, draws: int) -> Array:
-    """`draws` units with probabilities proportional to p >= 0: (..., n) -> int32 (..., draws).
+class Sampling(NamedTuple):
+    """How a network is sampled, static: the same in both executions."""
 
-    Units of weight 0 are never drawn (if all are 0, what is drawn means nothing).
-    """
-    shape = (*p.shape[:-1], draws)
-    if draws * p.size <= CATEGORICAL_ELEMENTS:
-        logits = jnp.log(p)[..., None, :]
-        return jax.random.categorical(key, logits, shape=shape).astype(jnp.int32)
-    cumulative = jnp.cumsum(_shares(p), axis=-1)
-    u = _scale(jax.random.bits(key, shape, jnp.uint32), cumulative[..., -1:])
-    search = jnp.vectorize(
-        lambda c, v: jnp.searchsorted(c, v, side="right"), signature="(n),(m)->(m)"
+    chunk: int  # pairs that are drawn at a time
+    rounds: int
+    sizes: tuple[int, ...]  # the most that each layer's S can be
+    exhaustible: tuple[bool, ...]  # whether a layer's S can be all that is inactive
+
+
+def sampling(net: Network, method: Method, planned: Plan) -> Sampling:
+    """The chunk is a quarter of the largest |P|: less memory than what exists."""
+    chunk = int(np.clip(planned.grown.max() // 4, LEAST, MOST))
+    layers, most = list(net.layers.values()), planned.subset.max(0)
+    of_shape: dict[tuple[int, ...], int] = {}  # layers of one shape share one compiled program
+    for layer, size in zip(layers, most, strict=True):
+        of_shape[layer.shape] = max(of_shape.get(layer.shape, 1), int(size))
+    sizes = tuple(of_shape[layer.shape] for layer in layers)
+    K = int(planned.active.max())
+    exhaustible = tuple(
+        size >= layer.size - K and layer.size < 2**31
+        for size, layer in zip(sizes, layers, strict=True)
     )
-    return jnp.minimum(search(cumulative, u), p.shape[-1] - 1).astype(jnp.int32)
+    return Sampling(chunk, method.rounds, sizes, exhaustible)
 
 
-def _shares(p: Array) -> Array:
-    """Integers in proportion to p, in sum about 2^31: float32 would lose units among a million."""
-    top = p.max(-1, keepdims=True)
-    p = p / jnp.where(top > 0, top, 1)
-    share = (p / jnp.maximum(p.sum(-1, keepdims=True), 1) * 2.0**31).astype(jnp.uint32)
-    return jnp.where(p > 0, jnp.maximum(share, 1), 0)
+def alike(parts: Sequence[Part]) -> list[list[int]]:
+    """Layers of one shape, which share one compiled program: ResNet-56 has 7 of them, not 57."""
+    groups: dict[Any, list[int]] = {}
+    for l, part in enumerate(parts):
+        groups.setdefault((part.layer.shape, part.block), []).append(l)
+    return list(groups.values())
 
 
-def _scale(random: Array, total: Array) -> Array:
-    """floor(random total / 2^32) in uint32, from products of 16 bits."""
-    (a, b), (c, d) = ((x >> 16, x & 0xFFFF) for x in (random, total))
-    middle = (b * d >> 16) + (a * d & 0xFFFF) + (b * c & 0xFFFF)
-    return a * c + (a * d >> 16) + (b * c >> 16) + (middle >> 16)
+def fold_subset(
+    how: Sampling,
+    l: int,
+    part: Part,
+    key: Array,
+    fg: tuple[Array, Array],
+    asked: Array,
+    active: Array,
+    exists: Exists,
+    visit: Visit,
+    carry: Any,
+) -> tuple[Any, Array]:
+    """Folds `visit(carry, pairs, in S)` over S_l, each time sorted by block, output and column.
 
-
-def draw_pairs(key: Array, f: Array, g: Array, shape: tuple[int, ...], draws: int):
-    """Columns and outputs from f x g, the place in a convolution's window uniform (App. C).
-
-    Shapes: f (n_in,), g (n_out,) -> int32 (draws,), (draws,); column is (kx, ky, i) flattened. From
-    f (kx ky n_in,) the column is drawn, place and all.
+    `l` is a layer of this one's shape; `key` is its own. Also |S_l|: int32.
     """
-    alike = math.prod(shape[:-1]) // f.size  # places that f does not tell apart
-    marginals = [f, g] if alike == 1 else [f, g, jnp.ones(alike, f.dtype)]
-    n = max(p.size for p in marginals)
-    # One call for all marginals: random bits are what takes long to compile.
-    p = jnp.stack([jnp.pad(p, (0, n - p.size)) for p in marginals])
-    i, o, *xy = draw_units(key, p, draws)
-    return sum(xy) * shape[-2] + i, o
+    size, (f, g) = how.sizes[l], fg
+    if size <= how.chunk and part.layer.size < 2**31:
+        S, valid = draw_subset(
+            key, f, g, part.layer.shape, exists, active, asked, size, how.rounds, how.exhaustible[l]
+        )
+        pairs = _sorted(part, S, valid)
+        return visit(carry, pairs, pairs.valid), valid.sum(dtype=jnp.int32)
+    possible = (f.max() > 0) & (g.max() > 0)
+    columns, outputs = cumulative_shares(jnp.tile(f, part.n_in // f.size)), cumulative_shares(g)
+    layer = arrivals.large(key, l, part, how.chunk, columns, outputs, exists)
+    rate = jnp.where(possible, arrivals.pilot(layer, asked, how.rounds), 0)
+    layer = layer._replace(rate=rate)
+
+    def some(carry: Any) -> tuple[Any, Array]:
+        walk = lambda see, carry: arrivals.sweep(layer, see, carry)  # noqa: E731
+        return arrivals.earliest(walk, visit, asked, arrivals.intervals(how.chunk), carry)
+
+    def every(carry: Any) -> tuple[Any, Array]:
+        see = lambda carry, pairs: visit(carry, pairs, pairs.valid)  # noqa: E731
+        return arrivals.enumerate_pairs(layer, see, carry), part.layer.size - active
+
+    if not how.exhaustible[l]:
+        return some(carry)
+    return lax.cond(part.layer.size - active <= asked, every, some, carry)
 
 
+def _sorted(part: Part, S: Array, valid: Array) -> Pairs:
+    """Flat positions, most of them valid, as sorted pairs."""
+    rows, width = np.uint32(part.n_out), np.uint32(part.block)
+    number = arrivals.numbered(*jnp.divmod(S, part.n_out), rows, width)
+    number = lax.sort(jnp.where(valid, number, LAST), is_stable=False)
+    valid = number != LAST
+    column, output = arrivals.pair_of(jnp.where(valid, number, 0), rows, width)
+    return Pairs(jnp.int32(0), column, output, number, valid)
+
+
+def fold_by_chance(
+    chunk: int,
+    most: int,
+    groups: list[list[int]],
+    parts: Sequence[Part],
+    key: Array,
+    asked: Array,
+    active: Array,
+    exists: Callable[[Array, Array, Array], Array],
+    visit: Visit,
+    carry: Any,
+) -> tuple[Any, Array]:
+    """Folds `visit(carry, pairs, in S)` over `asked` inactive connections of the network by chance.
+
+    Every set of them, of all layers together, is equally likely. `groups` are layers of one shape,
+    `key` and `active` the network's; asked <= `most`. Also how many there were.
+    """
+    possible = sum(part.layer.size for part in parts)
+    enough = lambda n: n + 6 * n**0.5 + 10  # noqa: E731
+    # Arrivals that are nearly all pairs cost more than all pairs; their hashes are times too.
+    all_pairs = possible < 2**31 and 4 * enough(most) >= possible
+    inactive = jnp.float32(possible) - active
+    share = jnp.minimum(enough(asked.astype(jnp.float32)) / jnp.maximum(inactive, 1), 0.999)
+    rate = -jnp.log1p(-share)  # of each pair
+
+    def over(group: list[int], see: Callable, carry: Any) -> Any:
+        part, index = parts[group[0]], jnp.asarray(group, jnp.int32)
+        f, g = (cumulative_shares(jnp.ones(n)) for n in (part.n_in, part.n_out))
+
+        def member(m: Array, carry: Any) -> Any:
+            l = index[m]
+            there = lambda column, output: exists(l, column, output)  # noqa: E731
+            layer = arrivals.large(jax.random.fold_in(key, l), l, part, chunk, f, g, there)
+            layer = layer._replace(rate=rate * part.layer.size)
+            fold = arrivals.enumerate_pairs if all_pairs else arrivals.sweep
+            return fold(layer, see, carry)
+
+        return lax.fori_loop(0, len(group), member, carry)
+
+    def walk(see: Callable, carry: Any) -> Any:
+        for group in groups:
+            carry = over(group, see, carry)
+        return carry
+
+    return arrivals.earliest(walk, visit, asked, arrivals.intervals(chunk), carry)
+
+
+# ------------------------------------------------------------------------------------- small layers
 def draw_subset(
     key: Array,
     f: Array,
     g: Array,
-    mask: Array,
+    shape: tuple[int, ...],
+    exists: Exists,
+    active: Array,
     asked: Array,
     size: int,
     rounds: int,
@@ -74,13 +177,12 @@ def draw_subset(
 ) -> tuple[Array, Array]:
     """S_l: at most `asked` distinct inactive positions in draw order, and which of them count.
 
-    Shapes: f (n_in,) or (columns,), g (n_out,), mask (..., n_in, n_out) -> int32 (size,), bool
-    (size,). Draws that are active or were drawn before are thrown away and drawn again, `rounds`
-    times at most, which is sampling without replacement (Plackett-Luce). If `asked` reaches the
-    number of inactive connections, S_l is all of them; `exhaustible=False` says that it never does.
+    Shapes: f (n_in,) or (columns,), g (n_out,) -> flat positions int32 (size,), bool (size,). What
+    is active or was drawn before is thrown away and drawn again, of at most `rounds` x `asked`
+    draws. If `asked` reaches the number of inactive connections, S_l is all of them;
+    `exhaustible=False` says that it never does.
     """
-    flat, nowhere = mask.ravel(), mask.size
-    inactive = nowhere - flat.sum(dtype=jnp.int32)
+    nowhere, n_out = math.prod(shape), shape[-1]
     possible = (f.max() > 0) & (g.max() > 0)
     wanted = jnp.arange(size) < asked
 
@@ -91,9 +193,10 @@ def draw_subset(
 
     def one_round(carry):
         i, held = carry
-        column, output = draw_pairs(jax.random.fold_in(key, i), f, g, mask.shape, size)
-        drawn = column * mask.shape[-1] + output
-        drawn = jnp.where(possible & ~flat[drawn], drawn, nowhere)
+        column, output = draw_pairs(jax.random.fold_in(key, i), f, g, shape, size)
+        due = i * size + jnp.arange(size) < rounds * asked
+        new = possible & due & ~exists(column, output)
+        drawn = jnp.where(new, column * n_out + output, nowhere)
         return i + 1, first_distinct(jnp.concatenate([held, drawn]), nowhere)[:size]
 
     def draw():
@@ -101,9 +204,11 @@ def draw_subset(
         return lax.while_loop(unfilled, one_round, start)[1]
 
     def enumerate_all():
-        return lax.sort(jnp.where(flat, nowhere, jnp.arange(nowhere, dtype=jnp.int32)))[:size]
+        position = jnp.arange(nowhere, dtype=jnp.int32)
+        there = exists(*jnp.divmod(position, n_out))
+        return lax.sort(jnp.where(there, nowhere, position))[:size]
 
-    S = lax.cond(inactive <= asked, enumerate_all, draw) if exhaustible else draw()
+    S = lax.cond(nowhere - active <= asked, enumerate_all, draw) if exhaustible else draw()
     valid = (S != nowhere) & wanted
     return jnp.where(valid, S, 0), valid
 

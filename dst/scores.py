@@ -27,13 +27,15 @@ import optax
 from jax import lax
 
 from dst import hosts
+from dst.combinations import check_execution
 from dst.config import ConfigError
 from dst.heuristics import NOTHING, check_flow, check_inputs, total_flow, without_dropout
 from dst.masks import active_count, strongest
 from dst.methods import Method
 from dst.network import Network
 from dst.probes import nested
-from dst.state import SparseState, kernels_of, with_kernels
+from dst.remember import begun
+from dst.state import SparseState, count_of, kernels_of, with_kernels
 from dst.update import AXIS, Loss, mask_kernels, parallel, replicate, run_loss, split_batch
 
 Array = jax.Array
@@ -60,9 +62,10 @@ def prune_at_init(
     `batches` are as for `make_update`, and can be iterated twice; a batch smaller than the first is
     cut to a multiple of the devices. Batch normalisation is in train mode, its new statistics are
     thrown away, and `nn.Dropout` is off. `show` is called after each batch, or round of SynFlow.
-    Errors: sparse execution, no batches, scores that are not finite, no flow for SynFlow.
+    Errors: sparse execution, no batches, scores that are not finite, no flow for SynFlow, a
+    sparsity that leaves no connection.
     """
-    K = active_count(net.possible, method.sparsity)
+    K = count_of(net, method.sparsity)
     _check(net, method, state, K)
     if method.before == "synflow":
         masks = prune_by_flow(net, method, state, show)
@@ -82,11 +85,7 @@ def _check(net: Network, method: Method, state: SparseState, K: int) -> None:
             f"method is {method.name!r}, which does not prune before training; allowed are "
             f"{', '.join(known)}."
         )
-    if net.execution == "sparse":
-        raise ConfigError(
-            f"execution is 'sparse', but {method.name!r} scores every possible connection; it must "
-            "be 'masked'."
-        )
+    check_execution(method, net.execution)
     active = sum(np.count_nonzero(mask) for mask in state.masks.values())
     if active < K:
         raise ConfigError(
@@ -96,10 +95,13 @@ def _check(net: Network, method: Method, state: SparseState, K: int) -> None:
 
 
 def start_with(tx: optax.GradientTransformation, state: SparseState, masks: Any) -> SparseState:
-    """`state` with these masks, exact zeros off them and a fresh optimizer; the rest as it is."""
+    """`state` with these masks, exact zeros off them and a fresh optimizer, free to train.
+
+    The rest stays as it is.
+    """
     masks = {path: jnp.asarray(mask) for path, mask in masks.items()}
     params = mask_kernels(state.params, masks)
-    return state.replace(params=params, masks=masks, opt_state=tx.init(params))
+    return begun(state).replace(params=params, masks=masks, opt_state=tx.init(params))
 
 
 # --------------------------------------------------------------------------- scores that need data
@@ -237,7 +239,13 @@ def cooled(loss: Loss, temperature: float) -> Loss:
     def divide(leaf: Array) -> Array:
         return leaf / temperature if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return lambda apply, batch: loss(lambda *a, **k: jax.tree.map(divide, apply(*a, **k)), batch)
+    def run(apply: Callable, *args, mutable: Any = False, **kwargs):
+        outputs = apply(*args, mutable=mutable, **kwargs)
+        if mutable is False:
+            return jax.tree.map(divide, outputs)
+        return jax.tree.map(divide, outputs[0]), outputs[1]  # what the model sows stays as it is
+
+    return lambda apply, batch: loss(functools.partial(run, apply), batch)
 
 
 # ----------------------------------------------------------------------------------------- SynFlow

@@ -1,12 +1,14 @@
 """Choosing connections of an arena without sorting it: the weakest, the best, and their exchange.
 
-All are exact and stable: of equals the first in (row, column) order is chosen. Like the products
-they come in two tiers that agree bit for bit, C++ kernels and pure JAX.
+All are exact; of equals the connection with the lower hash is chosen (`dst.hashing`), which is the
+same one in both executions. Like the products they come in two tiers that agree bit for bit, C++
+kernels and pure JAX.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from dst import kernels
-from dst.arena import Arena, Part
-from dst.products import compiled
+from dst.arena import Arena, rows_of
+from dst.hashing import hashed, salts
+from dst.products import compiled, on_cpu
 
 Array = jax.Array
 NOWHERE = 2**31 - 1  # the row of an empty entry
@@ -41,10 +44,13 @@ def bits(magnitude: Array) -> Array:
     return lax.bitcast_convert_type(magnitude, f"uint{magnitude.dtype.itemsize * 8}")
 
 
-def lowest(order: Array, eligible: Array, k: Array) -> Array:
+def lowest(
+    order: Array, eligible: Array, k: Array, ties: Callable[[], Array] | None = None
+) -> Array:
     """Which entries are the k lowest of the eligible ones: unsigned (n,), bool (n,) -> bool (n,).
 
-    The k-th lowest is found bit by bit, by counting: no sort, no copy.
+    Of equals those that are lowest in ties(), unsigned (n,), else the first. The k-th lowest is
+    found bit by bit, by counting: no sort, no copy.
     """
     k = jnp.minimum(k, eligible.sum(dtype=jnp.int32))
     width = order.dtype.itemsize * 8
@@ -57,30 +63,46 @@ def lowest(order: Array, eligible: Array, k: Array) -> Array:
 
     cut = lax.fori_loop(0, width, settle, jnp.zeros((), order.dtype))
     less, equal = eligible & (order < cut), eligible & (order == cut)
-    ties = k - less.sum(dtype=jnp.int32)
-    return (less | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= ties))) & (k > 0)
+    left = k - less.sum(dtype=jnp.int32)
+    if ties is None:
+        equal &= jnp.cumsum(equal, dtype=jnp.int32) <= left
+    else:
+        more = equal.sum(dtype=jnp.int32) > left
+        equal = lax.cond(more, lambda: lowest(ties(), equal, left), lambda: equal)
+    return (less | equal) & (k > 0)
 
 
-def protected(arena: Arena, magnitude: Array, keep: list[int]) -> Array:
+def row_salts(arena: Arena, key: Array) -> Array:
+    """The salt of each row's output: uint32 (R,)."""
+    each = (jnp.tile(salts(key, l, part.n_out), part.blocks) for l, part in enumerate(arena.parts))
+    return jnp.concatenate([*each])
+
+
+def hashes_of(arena: Arena, salt: Array) -> Array:
+    """The hash of each connection, from the rows' salts: uint32 (K,)."""
+    return hashed(salt[rows_of(arena.pointer, arena.column.size)], arena.column)
+
+
+def protected(
+    arena: Arena, magnitude: Array, keep: list[int], ties: Callable[[], Array] | None = None
+) -> Array:
     """The keep[l] strongest connections of each layer l: bool (K,)."""
     index = jnp.arange(magnitude.size, dtype=jnp.int32)
     safe = jnp.zeros(magnitude.size, bool)
     for part, count in zip(arena.parts, keep, strict=True):
         begin, end = arena.pointer[part.first], arena.pointer[part.end]
         own = (index >= begin) & (index < end)
-        safe |= lowest(~bits(magnitude), own, jnp.int32(count))
+        safe |= lowest(~bits(magnitude), own, jnp.int32(count), ties)
     return safe
 
 
-def locate(arena: Arena, part: Part, row: Array, column: Array) -> tuple[Array, Array]:
+def locate(arena: Arena, longest: int, row: Array, column: Array) -> tuple[Array, Array]:
     """Where (row, column) stands in the arena, or would stand, and whether it exists.
 
-    Shapes: row int32 (n,) in the whole arena, column int32 (n,) -> int32 (n,), bool (n,).
+    Rows are at most `longest`, as a block is. Shapes: row int32 (n,) in the whole arena, column
+    int32 (n,) -> int32 (n,), bool (n,).
     """
-    return _search(arena.column, arena.pointer, row, column, part.block)
-
-
-def _search(columns, pointer, row, column, longest: int):
+    columns, pointer = arena.column, arena.pointer
     low, end = pointer[row], pointer[row + 1]
 
     def halve(_, bounds):
@@ -94,16 +116,26 @@ def _search(columns, pointer, row, column, longest: int):
     return low, (low < end) & (columns[jnp.minimum(low, columns.size - 1)] == column)
 
 
-def best(found: Found, new: Found, k: Array) -> Found:
-    """The k best distinct candidates of both, as many entries as `found` has."""
+def exists(arena: Arena, longest: int, row: Array, column: Array) -> Array:
+    """Whether there is a connection at (row, column), as `locate` tells: bool (n,)."""
+    if on_cpu():
+        return kernels.exists(arena.column, arena.pointer, row, column)
+    return locate(arena, longest, row, column)[1]
+
+
+def best(found: Found, new: Found, k: Array, salt: Array) -> Found:
+    """The k best distinct candidates of both, as many entries as `found` has.
+
+    Of equal scores the lower hashes; `salt` uint32 (R,) is that of each row.
+    """
     if compiled(found.score):
-        return Found(*kernels.best(*found, *new, k))
+        return Found(*kernels.best(*found, *new, k, salt))
     row, column, score = (jnp.concatenate(pair) for pair in zip(found, new, strict=True))
     row = jnp.where(score >= 0, row, NOWHERE)
     row, column, score = lax.sort((row, column, score), num_keys=2, is_stable=True)
     again = (row[1:] == row[:-1]) & (column[1:] == column[:-1])
     eligible = (score >= 0) & ~jnp.append(jnp.zeros(1, bool), again)
-    chosen = lowest(~bits(score), eligible, k)
+    chosen = lowest(~bits(score), eligible, k, lambda: hashed(salt[row], column))
     size = found.row.size
     to = jnp.where(chosen, jnp.cumsum(chosen, dtype=jnp.int32) - 1, size)
     entries = zip(nothing(size, score.dtype), (row, column, score), strict=True)
@@ -124,7 +156,7 @@ def exchange(arena: Arena, dropped: Array, grown: Found, k: Array) -> tuple[Aren
     K, rank = column.size, jnp.arange(grown.row.size, dtype=jnp.int32)
     before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(~dropped, dtype=jnp.int32))
     row = jnp.where(rank < k, grown.row, 0)
-    at, _ = _search(column, pointer, row, grown.column, max(part.block for part in arena.parts))
+    at, _ = locate(arena, max(part.block for part in arena.parts), row, grown.column)
     to = jnp.where(rank < k, before[at] + rank, K)
     is_grown = jnp.zeros(K, bool).at[to].set(True, mode="drop")
     kept = jnp.nonzero(~dropped, size=K, fill_value=0)[0].astype(jnp.int32)

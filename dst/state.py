@@ -12,8 +12,10 @@ import optax
 from flax import struct, traverse_util
 
 from dst.arena import VALUES, Arena, Connections, fill, lay_out
+from dst.combinations import check, check_execution
+from dst.config import ConfigError
 from dst.execution import init_rest
-from dst.masks import fan_in_weights, layer_counts, random_positions
+from dst.masks import active_count, fan_in_weights, layer_counts, random_positions
 from dst.methods import Method
 from dst.moments import recognise, refuse_unless_coordinate_wise
 from dst.network import Network
@@ -59,15 +61,39 @@ def first_counts(net: Network, method: Method) -> dict[str, int]:
     return layer_counts(shapes, method.first_sparsity, method.distribution)
 
 
+def count_of(net: Network, sparsity: float) -> int:
+    """K = N - round(N s). Errors: no connection is left."""
+    N = net.possible
+    K = active_count(N, sparsity)
+    if not K:
+        raise ConfigError(
+            f"sparsity is {sparsity}, which leaves none of the {N} possible connections; the "
+            f"highest that keeps one is {_highest(N)}."
+        )
+    return K
+
+
+def _highest(N: int) -> float:
+    """The highest sparsity of so many digits as N has, and one more, that keeps a connection."""
+    unit = 10 ** (len(str(N)) + 1)
+    most = unit - unit // (2 * N)
+    return next(s for s in (n / unit for n in range(most, 0, -1)) if active_count(N, s))
+
+
 def init_state(
     net: Network, tx: optax.GradientTransformation, method: Method, key: Array
 ) -> SparseState:
     """A network of exactly K random connections: G(n, M) masks, fan-in scaled weights (Sec. 4.1).
 
     Everything but the sparse kernels comes from the model's own initialisers, and the same key
-    gives both executions the same network. Errors: an optimizer whose state `dst` cannot keep
-    sparse.
+    gives both executions the same network. A method that prunes before training begins with all
+    connections, and the state says so: it does not train before `prune_at_init` or a Lottery
+    ticket. Errors: an optimizer whose state `dst` cannot keep sparse, a method that cannot run in
+    the network's execution, a sparsity that leaves no connection.
     """
+    check(method)
+    check_execution(method, net.execution)
+    count_of(net, method.sparsity)
     mask_key, weight_key, model_key, run_key = jax.random.split(key, 4)
     counts = first_counts(net, method)
 

@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dst import data, hosts
-from dst.methods import OWN, Method, method
+from dst.methods import Method
 from dst.network import Network
 from dst.rewire import host_heuristic, rewire_body
 from dst.schedules import learning_rate
@@ -63,21 +63,6 @@ def lasso(alpha: float) -> optax.GradientTransformation:
 
     return optax.stateless(
         lambda gradients, params: jax.tree_util.tree_map_with_path(add, gradients, params)
-    )
-
-
-def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
-    """The row of Table 1 that the configuration names, its epochs turned into steps."""
-    own = {field: config[name] for name, field in OWN.items()}
-    return method(
-        config.method,
-        config.sparsity,
-        **own,
-        gain=config.init_gain,
-        growth_memory=config.growth_memory,
-        floor=config.layer_floor,
-        end=round(config.rewire_end_epoch * steps_per_epoch),
-        explored=config.track_explored or config.method == "itop",
     )
 
 

@@ -17,12 +17,13 @@ import numpy as np
 from jax import lax
 
 from dst.arena import Arena, Part, rows_of
+from dst.hashing import hashes_at
 from dst.network import Layer, Network
 from dst.probes import observe, window
 from dst.products import over_range
-from dst.select import NOWHERE, Found, best
+from dst.select import NOWHERE, Found, best, bits, lowest
 from dst.state import SparseState
-from dst.update import Loss, average, run_loss
+from dst.update import TIE_STREAM, Loss, average, run_loss, stream
 
 Array = jax.Array
 Units = Mapping[str, tuple[Array, Array]]  # h and delta of every layer, from `observe`
@@ -110,20 +111,22 @@ def streamed_choice(net: Network, loss: Loss, P_max: int) -> Callable:
     """RigL's candidates: choose(state, batch) -> the P_max inactive ones of the largest |dL/dw|.
 
     Positions int32 (P_max,) in the joined vector of all layers, scores (P_max,), -inf where there
-    is none, and whether all of dL/dw was finite. Of equals the first in layer order.
+    is none, and whether all of dL/dw was finite. Of equals the lower `hashes_at`.
     """
 
     def choose(state: SparseState, batch: Any) -> tuple[Array, Array, Array]:
         value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
-        return strongest(net.layers, observe(net.layers, value), state.masks, P_max)
+        seen = observe(net.layers, value)
+        return strongest(net, seen, state.masks, P_max, stream(state, TIE_STREAM))
 
     return choose
 
 
 def strongest(
-    layers: Mapping[str, Layer], units: Units, masks: Mapping[str, Array], size: int
+    net: Network, units: Units, masks: Mapping[str, Array], size: int, key: Array
 ) -> tuple[Array, Array, Array]:
     """The `size` inactive connections of the largest |dL/dw|, as `streamed_choice` has them."""
+    layers = net.layers
     # Whole rows of the kernel if they fit: the blocks are then in the order of its positions.
     outputs = [min(layer.n_out, BLOCK) for layer in layers.values()]
     shapes = [
@@ -148,21 +151,29 @@ def strongest(
 
     def merge(carry, new):
         position, score = (jnp.concatenate(pair) for pair in zip(carry[:2], new[:2], strict=True))
-        score, index = lax.top_k(score, size)
-        return position[index], score, carry[2] & new[2]
+        ties = lambda: hashes_at(net, key, position)  # noqa: E731
+        chosen = lowest(~bits(jnp.maximum(score, 0)), score >= 0, jnp.int32(size), ties)
+        to = jnp.where(chosen, jnp.cumsum(chosen, dtype=jnp.int32) - 1, size)
+        best = (
+            none.at[to].set(a, mode="drop")
+            for none, a in zip(empty, (position, score), strict=True)
+        )
+        return *best, carry[2] & new[2]
 
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(units))
-    none = jnp.zeros(size, jnp.int32), jnp.full(size, -jnp.inf, dtype), jnp.bool_(True)
+    empty = jnp.zeros(size, jnp.int32), jnp.full(size, -jnp.inf, dtype)
     given = list(zip(layers.values(), map(int, start), shapes, strict=False))
     starts = [corners(layer, shape, layer.n_in) for layer, _, shape in given]
-    return over_blocks(starts, [scorer(*each) for each in given], merge, none)
+    return over_blocks(starts, [scorer(*each) for each in given], merge, (*empty, jnp.bool_(True)))
 
 
 # ------------------------------------------------------------------------------- sparse execution
-def strongest_missing(arena: Arena, units: Units, empty: Found, P: Array) -> tuple[Found, Array]:
+def strongest_missing(
+    arena: Arena, units: Units, empty: Found, P: Array, salt: Array
+) -> tuple[Found, Array]:
     """The P connections of the largest |dL/dw| among those that do not exist, `empty`'s size.
 
-    Also whether all of dL/dw was finite: bool (). Of equals the first in (row, column) order.
+    Also whether all of dL/dw was finite: bool (). Of equals as `select.best`.
     """
     # As many inputs as a row can have: a block reads the connections of its rows.
     runs = [min(part.block, part.layer.n_in) for part in arena.parts]
@@ -192,7 +203,7 @@ def strongest_missing(arena: Arena, units: Units, empty: Found, P: Array) -> tup
         return block
 
     def merge(carry, new):
-        return best(carry[0], new[0], P), carry[1] & new[1]
+        return best(carry[0], new[0], P, salt), carry[1] & new[1]
 
     given = zip(arena.parts, shapes, runs, strict=True)
     starts = [corners(part.layer, shape, run) for part, shape, run in given]

@@ -23,11 +23,12 @@ from dst.execution import described
 from dst.loop import Parts, Stopped, loop
 from dst.lottery import levels, ticket, winning
 from dst.masks import thinned
-from dst.methods import Method
+from dst.methods import Method, method_of, told_unread
 from dst.network import Network, network
+from dst.remember import begun
 from dst.scores import prune_at_init
 from dst.state import SparseState, active_counts, first_counts, init_state
-from dst.steps import classification, make_steps, method_of, optimizer, residents, schedule
+from dst.steps import classification, make_steps, optimizer, residents, schedule
 from dst.update import replicate
 
 Masks = Mapping[str, Any]  # layer path -> bool
@@ -41,6 +42,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     every checkpoint damaged).
     """
     check_alike(config)
+    if unread := told_unread(config):
+        log.say(unread)
     if config.method != "lottery":
         run_once(config, workdir)
         return
@@ -64,10 +67,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 
 def check_alike(config: ConfigDict) -> None:
-    """Errors: ConfigError in every process if their configs differ."""
+    """Errors: ConfigError in every process if their configs differ.
+
+    Each may have the data in a folder of its own; the other fields say what all of them compute.
+    """
     first, *others = hosts.gather(config.to_dict())
     for process, other in enumerate(others, 1):
-        difference = checkpoint.first_difference(first, other)
+        difference = checkpoint.first_difference(first, other, ("data_dir",))
         if difference:
             field, was, now = difference
             raise ConfigError(
@@ -110,7 +116,8 @@ def build(config: ConfigDict, masks: Masks | None) -> Built:
     per_epoch = data.steps_per_epoch(len(dataset.train_labels), config.batch_size)
     rule, rate = method_of(config, per_epoch), schedule(config, per_epoch)
     tx, key = optimizer(config, rate), jax.random.key(config.seed)
-    state = init_state(net, tx, rule, key) if masks is None else ticket(net, tx, rule, key, masks)
+    chained = rule.name == "lottery"
+    state = ticket(net, tx, rule, key, masks) if chained else init_state(net, tx, rule, key)
     return Built(devices, dataset, net, rule, rate, tx, replicate(state, devices), per_epoch)
 
 
@@ -188,7 +195,8 @@ def restore(
 ) -> SparseState | None:
     """The newest intact checkpoint, None if there is none. Errors: Stopped, ConfigError."""
     try:
-        restored, _ = checkpoint.restore(manager, state, config.to_dict(), log.say)
+        # Whatever was saved had been pruned.
+        restored, _ = checkpoint.restore(manager, begun(state), config.to_dict(), log.say)
     except checkpoint.Unreadable as error:
         raise Stopped(str(error)) from error
     if restored is not None:

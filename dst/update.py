@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,25 +10,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
+from flax import struct, traverse_util
+from flax.core.scope import in_filter, subtract_filters, union_filters
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dst import hosts
+from dst.arena import VALUES
 from dst.config import ConfigError
 from dst.execution import forward
 from dst.moments import recognise, reset_inactive
 from dst.network import Network
-from dst.remember import follow
+from dst.remember import follow, refuse_waiting
+from dst.sown import entries
 from dst.state import SparseState, kernels_of, masks_of, with_kernels
 
 Array = jax.Array
 AXIS = "devices"
 
-# loss(apply, batch) -> (mean loss, {metric: scalar}); apply(*inputs) runs the model in train mode.
+# loss(apply, batch) -> (mean loss, {metric: mean}), of a device's rows of the batch; apply(*inputs)
+# runs the model in train mode. What the devices give is averaged, all alike: for plain means over
+# rows that is the mean over the batch. A loss that divides by a sum of its own (weights, a mask)
+# would give the mean of the devices' ratios: let it divide by that sum's mean over the devices,
+# jax.lax.pmean(weights.sum(), AXIS). Metrics are means too: of a count, that of a device.
+# As in Flax, apply(*inputs, mutable=["losses"]) is (outputs, {"losses": what the model sowed}).
 Loss = Callable[[Callable[..., Any], Any], tuple[Array, Mapping[str, Array]]]
 
 # Every use of randomness in a step folds its own constant into fold_in(key, step).
 DROPOUT_STREAM, REWIRE_STREAM, BATCH_STREAM = 0, 1, 2
+TIE_STREAM, CHANCE_STREAM = 5, 6  # hashes of connections; 3 and 4 are GraEst's and experiments'
 
 
 def stream(state: SparseState, purpose: int) -> Array:
@@ -56,9 +66,27 @@ def parallel(f: Callable, in_axes: Any, devices: list | None = None, donate: tup
 
 def replicate(tree: Any, devices: list | None = None) -> Any:
     """`tree` on every device of this process, as `parallel` returns it: nothing compiles twice."""
+    return jax.device_put(tree, _everywhere(devices))
+
+
+def _everywhere(devices: list | None) -> NamedSharding:
     devices = devices or hosts.devices()
     mesh = Mesh(np.asarray([devices[i] for i in hosts.own(devices)]), (AXIS,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def placer(devices: list | None = None) -> Callable[[Any], Any]:
+    """`replicate` for what may be there already, as all but the first state of a loop are.
+
+    To look costs 0.1 ms for 300 arrays; `parallel` would compile anew for others.
+    """
+    there = _everywhere(devices)
+
+    def place(tree: Any) -> Any:
+        where = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+        return tree if all(s is there or s == there for s in where) else jax.device_put(tree, there)
+
+    return place
 
 
 def split_batch(batch: Any, devices: list | None = None) -> Any:
@@ -92,29 +120,51 @@ def run_loss(
     extra: Mapping[str, Any] | None = None,
 ) -> tuple[Array, _Run]:
     """The loss on one batch, in train mode; `state` stays, new statistics come back."""
-    updated: dict[str, Any] = {}
-    rngs = {"dropout": jax.random.fold_in(stream(state, DROPOUT_STREAM), jax.lax.axis_index(AXIS))}
+    updated = dict(state.batch_stats)
+    key = jax.random.fold_in(stream(state, DROPOUT_STREAM), jax.lax.axis_index(AXIS))
+    calls = itertools.count()  # a loss may run the model several times, each with its own dropout
+    ours = ["params", VALUES, *(extra or {})]
 
-    def apply(*args, **kwargs):
-        collections = {**state.batch_stats, **updated, **(extra or {})}
-        mutable = list(state.batch_stats)
+    def apply(*args, mutable: Any = False, rngs: Any = None, **kwargs):
+        own = {"dropout": jax.random.fold_in(key, next(calls))}
+        rngs = rngs if rngs is None or isinstance(rngs, Mapping) else {"params": rngs}
+        written = subtract_filters(union_filters(mutable, list(state.batch_stats)), ours)
         outputs, new = forward(
             net,
             params,
             state.masks,
-            collections,
+            {**updated, **(extra or {})},
             *args,
             frozen=extra is not None,  # probes are asked for, not parameters
-            rngs=rngs,
-            mutable=mutable,
+            rngs={**own, **(rngs or {})},
+            mutable=written,
             **kwargs,
         )
-        updated.update(new)
-        return outputs
+        updated.update(_statistics(net, state, new))
+        if mutable is False:
+            return outputs
+        return outputs, {name: c for name, c in new.items() if in_filter(mutable, name)}
 
     value, metrics = loss(apply, batch)
     value = value.astype(jnp.float32)
-    return value, _Run(value, metrics, {**state.batch_stats, **updated})
+    metrics = jax.tree.map(inexact, metrics)
+    return value, _Run(value, metrics, updated)
+
+
+def _statistics(net: Network, state: SparseState, new: Mapping[str, Any]) -> dict[str, Any]:
+    """The state's collections as a call leaves them, without what it sowed.
+
+    Errors: a variable that the state does not have, whose shape would then change.
+    """
+    kept = entries({name: c for name, c in new.items() if name in state.batch_stats})
+    kept = {path: leaf for path, leaf in kept.items() if path not in net.sown}
+    if more := kept.keys() - entries(state.batch_stats).keys():
+        raise ConfigError(
+            f"the loss makes the model add {'/'.join(min(more))!r} to its variables; give "
+            "dst.network the arguments with which it makes them all, and sow into a collection "
+            "that has no variables."
+        )
+    return traverse_util.unflatten_dict(kept)
 
 
 def mask_kernels(params: Any, masks: Mapping[str, Array]) -> Any:
@@ -124,10 +174,26 @@ def mask_kernels(params: Any, masks: Mapping[str, Array]) -> Any:
 
 
 def average(leaf: Array) -> Array:
-    """Mean over the devices; integers, such as a model's own counters, are equal on all."""
-    if jax.lax.axis_size(AXIS) == 1:
+    """Mean over the devices, of its own type: integers are rounded down, a bool is that of any.
+
+    So what is equal on all, as a model's own counters are, stays what it is.
+    """
+    devices = jax.lax.axis_size(AXIS)
+    if devices == 1:
         return leaf  # XLA would copy it
+    if leaf.dtype == jnp.bool_:
+        return jax.lax.psum(leaf.astype(jnp.int32), AXIS) > 0
+    if jnp.issubdtype(leaf.dtype, jnp.integer):  # in two parts, or the sum may overflow
+        whole, rest = jnp.divmod(leaf, devices)
+        return jax.lax.psum(whole, AXIS) + jax.lax.psum(rest, AXIS) // devices
     return jax.lax.pmean(leaf, AXIS) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
+
+def inexact(metric: Any) -> Array:
+    """A metric as a float, for its mean over devices to be one: counts and bools as float32."""
+    metric = jnp.asarray(metric)
+    floats = jnp.issubdtype(metric.dtype, jnp.inexact)
+    return metric if floats else metric.astype(jnp.float32)
 
 
 def all_finite(tree: Any) -> Array:
@@ -139,6 +205,7 @@ def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> C
     """One step on one device's share of the batch: (state, batch) -> (state, metrics)."""
 
     def body(state: SparseState, batch: Any) -> tuple[SparseState, dict[str, Array]]:
+        refuse_waiting(state.method)
         masks = masks_of(state)
         owners = recognise(state.opt_state, state.params, masks)
         objective = lambda params: run_loss(net, loss, params, state, batch)  # noqa: E731
@@ -180,12 +247,15 @@ def make_update(
     """The jitted update step: (state, batch) -> (state, metrics), on all `devices`.
 
     `batch` is any pytree of arrays (B, ...), split over the devices; B must be divisible by them.
+    Loss and metrics are means over the devices, each of its own rows: see `Loss` for one that
+    divides by weights.
     With `donate` the new state takes the memory of the old one, which is then gone.
     Weights, gradients and moments of inactive connections are exactly 0 before and after.
     """
     step = parallel(update_body(net, tx, loss), (None, 0), devices, (0,) if donate else ())
+    place = placer(devices)
 
     def update(state: SparseState, batch: Any):
-        return step(state, split_batch(batch, devices))
+        return step(place(state), split_batch(batch, devices))
 
     return update

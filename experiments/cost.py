@@ -32,13 +32,13 @@ from dst import cost, data, log, models
 from dst.config import TRAIN_IMAGES, ConfigError
 from dst.heuristics import HEURISTICS
 from dst.masks import active_count
-from dst.methods import ROWS, Method
+from dst.methods import ROWS, Method, method_of
 from dst.network import Network
 from dst.plan import due, plan
+from dst.remember import begun
 from dst.rewire import host_heuristic, rewire_body
 from dst.schedules import largest_remainder
 from dst.state import first_counts
-from dst.steps import method_of
 from dst.update import parallel, update_body
 from experiments.benchmarks import measure
 from experiments.runs import configured, training_steps, trainings
@@ -172,7 +172,7 @@ def xla_words(config: ConfigDict) -> tuple[float | None, float | None]:
     x = jax.ShapeDtypeStruct((1, WIDE), jnp.float32)
     net = dst.network(Wide(), x, execution=config.execution)
     method, tx, one = method_of(config, 390), optax.sgd(0.1, 0.9), jax.local_devices()[:1]
-    state = dst.init_state(net, tx, method, jax.random.key(0))
+    state = begun(dst.init_state(net, tx, method, jax.random.key(0)))  # its shapes are all the same
     batch = jnp.ones((1, BATCH, WIDE))
 
     def words(body: Any, axes: tuple, *arguments: Any) -> float:

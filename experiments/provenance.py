@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dst.config import load
-from dst.log import read
+from dst.log import headers, read
 from experiments.runs import ROOT, differing, flag, logged
 from experiments.scales import BASES
 from experiments.summary import RESULTS
@@ -48,13 +48,14 @@ def table() -> str:
     """A row a command: where its logs are, seeds, kind of machine, revisions."""
     rows: dict[tuple[str, str], dict[str, set]] = defaultdict(lambda: defaultdict(set))
     for path in logs():
-        header, _ = read(path)
+        header, events = read(path)
         config = logged(header)
         where = path.parent.name.removesuffix(f"-seed{config.seed}")
         row = rows[where, command(config)]
         row["seeds"].add(config.seed)
-        row["machines"].add(machine(header))
-        row["revisions"].add((header["git_revision"] or "?")[:7])
+        for part in headers(header, events):
+            row["machines"].add(machine(part))
+            row["revisions"].add((part["git_revision"] or "?")[:7])
     return markdown(
         ["folder", "`python -m dst.main ...`", "seeds", "machine", "revision"],
         (

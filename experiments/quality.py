@@ -156,7 +156,7 @@ def opened(folder: Path) -> tuple[dict[str, Any], list[dict], ConfigDict]:
     """Header, events and config of a run. Errors: `ConfigError` if it is none to measure."""
     try:
         header, events = log.read(folder / "metrics.jsonl")
-        config = logged(header)
+        config = logged(log.headers(header, events)[-1])  # where its data are now
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"RUN_FOLDER must be the workdir of a run, with its metrics.jsonl, not {folder}."

@@ -19,18 +19,13 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dst.config import TRAIN_IMAGES, ConfigError, check_field, default, load, validate
+from dst.config import OPERATIONAL, TRAIN_IMAGES, ConfigError, check_field, default, load, validate
 from dst.data import steps_per_epoch
 from dst.log import read
 from dst.lottery import levels
-from dst.methods import ROWS, resolve
+from dst.methods import never_read, resolve
 
 ROOT = Path(__file__).parents[1]
-# They say where and how often, not what.
-OPERATIONAL = (
-    *("data_dir", "devices", "eval_every", "eval_batch_size"),
-    *("checkpoint_every", "checkpoints_kept"),
-)
 STEP_COST = {"vgg": 1.0, "resnet": 7.0, "mlp": 0.1}  # measured on CPU; only for progress and ETA
 
 
@@ -111,30 +106,9 @@ def differing(config: ConfigDict, base: ConfigDict) -> dict[str, Any]:
     base = base.copy_and_resolve_references()
     base.method = config.method
     usual = resolve(base)
-    ignored = {"seed", "method", *OPERATIONAL, *_ignored(config)}
+    ignored = {"seed", "method", *OPERATIONAL, *never_read(config)}
     fields = {f: (_plain(v), _plain(usual[f])) for f, v in config.items() if f not in ignored}
     return {f: value for f, (value, usually) in fields.items() if value != usually}
-
-
-def _ignored(config: ConfigDict) -> set[str]:
-    """Fields that this model and this method never read."""
-    row = ROWS[config.method]
-    fields = {"hidden"} if config.model != "mlp" else {"depth", "width"}
-    if config.model == "vgg":
-        fields.add("depth")
-    if "drop" not in row:
-        fields |= {"drop_fraction", "rewire_every", "rewire_end_epoch", "layer_floor"}
-    if "heuristic" not in row:
-        fields |= {"heuristic", "subset_ratio", "sampling_rounds"}
-    if row.get("score") != "dense gradient":
-        fields.add("growth_memory")
-    if config.method not in ("snip", "grasp", "grasp_abs"):
-        fields.add("score_batches")
-    if config.method not in ("grasp", "grasp_abs"):
-        fields.add("grasp_temperature")
-    if config.method != "lottery":
-        fields.add("lottery_levels")
-    return fields | ({"sparsity", "distribution"} if config.method == "dense" else set())
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ def row(log: Path) -> str:
     """One run: its configuration and its last accuracy."""
     header, events = read(log)
     config = header["config"]
-    end = next(e for e in reversed(events) if e["event"] in ("end", "eval"))
+    end = next(e for e in reversed(events) if "test_accuracy" in e)
     method = config["method"] + (f" ({config['heuristic']})" if config["method"] == "gse" else "")
     size = {"resnet": f"-{config['depth']}", "mlp": f" {'-'.join(map(str, config['hidden']))}"}
     network = config["model"] + size.get(config["model"], "")

@@ -77,3 +77,14 @@ def slices(parts: tuple[Part, ...], masks: list[np.ndarray]) -> list[slice]:
     """Where each layer's connections are in the arena."""
     ends = np.cumsum([0, *(int(mask.sum()) for mask in masks)])
     return [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
+
+
+def hashed(salt, column):
+    """The number that breaks ties, by the definition: lowbias32 of salt xor lowbias32(column)."""
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    return mix(int(salt) ^ mix(int(column)))

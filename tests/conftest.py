@@ -40,3 +40,12 @@ def tier(request, monkeypatch):
         "available",
         (lambda: True) if request.param == "compiled" and kernels.available() else lambda: False,
     )
+
+
+@pytest.fixture(params=["categorical", "inverse CDF"])
+def branch(request, monkeypatch):
+    """Both ways of drawing units, whatever the width."""
+    from dst import units
+
+    most = 2**40 if request.param == "categorical" else 0
+    monkeypatch.setattr(units, "CATEGORICAL_ELEMENTS", most)

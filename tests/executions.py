@@ -56,3 +56,18 @@ def close(a, b, rtol=2e-5):
 def both(name="gse", tx=tiny.SGD, **options):
     """The same run in both executions."""
     return [tiny.setup(name, tx=tx, execution=e, **options) for e in ("masked", "sparse")]
+
+
+def precisions(program) -> list:
+    """The precision of every product in a jaxpr, those within it included."""
+    found = []
+    for equation in getattr(program, "jaxpr", program).eqns:
+        found += [equation.params["precision"]] if "precision" in equation.params else []
+        inner = jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda value: hasattr(value, "eqns") or hasattr(value, "jaxpr"),
+        )
+        for value in inner:
+            if hasattr(getattr(value, "jaxpr", value), "eqns"):
+                found += precisions(value)
+    return found

@@ -89,6 +89,24 @@ def test_a_killed_chain_resumes_in_its_round(chain, tmp_path, monkeypatch, level
         assert result(mine, lottery(sparsity=s)) == result(theirs, lottery(sparsity=s))
 
 
+def test_a_chain_goes_on_with_other_devices(chain, tmp_path, monkeypatch, capsys):
+    """Rounds that are over and the one that was killed: said once in each, none is refused."""
+    restore = kill_at(monkeypatch, 22, 0.5)
+    with pytest.raises(Killed):
+        train.train(lottery(), tmp_path)
+    restore()
+    other = lottery(devices=4, checkpoint_every=10)
+    for said in (2, 0):
+        capsys.readouterr()
+        train.train(other, tmp_path)
+        assert capsys.readouterr().err.count("devices = 4 (was 1)") == said
+    for mine, theirs in zip(folders(tmp_path), folders(chain), strict=True):
+        (_, one), (_, four) = (log.read(folder / "metrics.jsonl") for folder in (theirs, mine))
+        one, four = ([e for e in events if e["event"] == "train"] for events in (one, four))
+        assert [e["step"] for e in four] == [11, 22]
+        assert four[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize("method", ["snip", "pruning"])
 def test_a_killed_run_is_not_pruned_again(tmp_path, monkeypatch, method):
     """Scores are taken once; the ramp goes on where it was; the same bits in the end."""

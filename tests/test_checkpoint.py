@@ -20,7 +20,7 @@ import pytest
 from flax import struct
 
 from dst import checkpoint
-from dst.config import ConfigError
+from dst.config import OPERATIONAL, ConfigError
 
 CONFIG = {"seed": 0, "learning_rate": 0.1, "hidden": (8, 8)}
 
@@ -224,6 +224,12 @@ def test_saving_a_step_again_is_idempotent_or_overwrites(run):
         assert_identical(state, make_state(30, seed=7))
         with pytest.raises(ValueError, match="older than the newest"):
             checkpoint.save(manager, make_state(29), {"config": CONFIG})
+
+
+def test_what_changes_nothing_that_is_computed_may_be_another(run):
+    """Where and how often, whether it was known before or not."""
+    config = {**CONFIG, **dict.fromkeys(OPERATIONAL, 3)}
+    assert_identical(restore(run, config=config)[0], make_state(30, seed=30))
 
 
 @pytest.mark.parametrize("damaged", [False, True])

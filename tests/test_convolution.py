@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dst.convolution import faster
+from tests.executions import precisions
 
 CASES = [
     dict(kernel_size=(3, 3)),
@@ -44,9 +45,25 @@ def test_equals_flax_in_float64(case):
             np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
 
 
+class Standardised(nn.Conv):
+    """Weight standardisation, as in BiT."""
+
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return value - value.mean((0, 1, 2), keepdims=True) if name == "kernel" else value
+
+
+def signs(x, kernel, bias, dtype):
+    """Binary weights."""
+    return x, jnp.sign(kernel), bias
+
+
 def test_leaves_other_layers_alone():
-    """Grouped and 1-D convolutions run as they are."""
+    """Grouped and 1-D convolutions run as they are, and those that are more than a convolution."""
     for layer, shape in (
+        (Standardised(4, (3, 3)), (2, 8, 8, 2)),
+        (nn.Conv(4, (3, 3), promote_dtype=signs), (2, 8, 8, 2)),
+        (nn.WeightNorm(nn.Conv(4, (3, 3))), (2, 8, 8, 2)),
         (nn.Conv(4, (3,)), (2, 8, 2)),
         (nn.Conv(4, (3, 3), feature_group_count=2), (2, 8, 8, 2)),
     ):
@@ -67,3 +84,18 @@ def test_bfloat16_and_extra_batch_axes():
     expected = layer.apply(variables, x)
     assert got.dtype == expected.dtype == jnp.bfloat16 and got.shape == expected.shape
     np.testing.assert_allclose(got.astype(np.float32), expected.astype(np.float32), atol=0.05)
+
+
+@pytest.mark.parametrize("strides", [1, 4])
+def test_the_modules_precision_is_asked_for(strides):
+    """In the product, dx and dW, whether convolution or dots: no product without it."""
+    layer = nn.Conv(4, (3, 3), strides, precision="highest")
+    x = jnp.ones((2, 8, 8, 2))
+    variables = layer.init(jax.random.key(0), x)
+
+    def value(variables, x):
+        with nn.intercept_methods(faster):
+            return layer.apply(variables, x).sum()
+
+    products = precisions(jax.make_jaxpr(jax.grad(value, argnums=(0, 1)))(variables, x))
+    assert len(products) >= 3 and all("HIGHEST" in str(product) for product in products)

@@ -1,5 +1,8 @@
 """Data: the digits, the pure batch, and augmentation against NumPy and Pillow."""
 
+import importlib
+import pkgutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import dst
 from dst import data
 from dst.config import ConfigError
+from dst.update import stream
+from tests import tiny
 
 CIFAR10_ORDER = ("flip", "crop")
 CIFAR100_ORDER = ("crop", "flip", "rotate")
@@ -103,6 +109,41 @@ def test_the_parts_of_the_devices_are_the_global_batch(devices, operations):
     whole, labels = data.batch(images, LABELS, order, 7, BATCH)
     np.testing.assert_array_equal(y.reshape(-1), labels)
     np.testing.assert_array_equal(x.reshape(whole.shape), _augment(operations, key, whole))
+
+
+FOUR = np.arange(4)
+
+
+def streams():
+    """The constants that uses of randomness fold into the key of a step or of the run."""
+    names = [module.name for module in pkgutil.iter_modules(dst.__path__, "dst.")]
+    found = [vars(importlib.import_module(name)) for name in (*names, "experiments.quality")]
+    return {n: int(v) for module in found for n, v in module.items() if n.endswith("_STREAM")}
+
+
+def test_no_two_uses_of_randomness_share_a_key(monkeypatch):
+    """The order of an epoch, every stream of a step, and what is split or folded off them."""
+    constants = streams()
+    assert {"ORDER_STREAM", "DROPOUT_STREAM", "SKETCH_STREAM"} <= constants.keys()
+    assert len(set(constants.values())) == len(constants)
+    state = tiny.setup().state
+    initial = jax.random.split(jax.random.key(0), 4)  # `init_state`'s; the last is the run's
+    assert initial[3] == state.key
+    users = {f"initial key {n}": key for n, key in enumerate(initial)}
+    monkeypatch.setattr(jax.random, "permutation", lambda key, _: key)
+    fold = jax.vmap(jax.random.fold_in, (None, 0))  # its keys are also those of `split`
+    for n in range(24):
+        own = {
+            f"{name} of step {n}": stream(state.replace(step=jnp.int32(n)), value)
+            for name, value in constants.items()
+            if name != "ORDER_STREAM"
+        }
+        own[f"order of epoch {n}"] = data.epoch_order(state.key, n, N)
+        parts = {f"{u}, {i}": k for u, key in own.items() for i, k in enumerate(fold(key, FOUR))}
+        users |= {**own, **parts, f"step {n}": jax.random.fold_in(state.key, n)}
+    taken: dict[bytes, str] = {}
+    for user, key in users.items():
+        assert taken.setdefault(np.asarray(jax.random.key_data(key)).tobytes(), user) == user
 
 
 # ---- Normalisation and augmentation ----------------------------------------------------------

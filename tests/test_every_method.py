@@ -11,15 +11,18 @@ import pytest
 
 import dst
 from dst import checkpoint, lottery
+from dst.config import default, validate
 from dst.masks import active_count
 from dst.methods import ROWS
 from dst.plan import plan
 from dst.state import first_counts
 from dst.update import replicate
 from tests import tiny
+from tests.executions import ONE
 from tests.test_parallel import shards_equal
 
 SPARSITY, STEPS, EVERY, END = 0.8, 9, 2, 7  # rewires at 2, 4 and 6; ramps end at 7
+SPARSE = ("dense", "random", "set", "gse", "gse_v2")  # in sparse execution; and a streamed rigl
 
 
 class Run(NamedTuple):
@@ -42,6 +45,15 @@ def first_state(net, tx, method, loss, key):
     if method.name == "lottery":
         trained = state.replace(params=jax.tree.map(lambda p: p * 1.5, state.params))
         return lottery.ticket(net, tx, method, key, lottery.winning(net, trained, SPARSITY))
+    # So few steps bring no weight below the threshold or to the other side of 0.
+    if method.drop == "threshold":
+        return state.replace(method={**state.method, "threshold": jnp.float32(0.1)})
+    if method.drop == "sign":
+        positive = {
+            path: sign.at[..., 0].set(~sign[..., 0])
+            for path, sign in state.method["positive"].items()
+        }
+        return state.replace(method={**state.method, "positive": positive})
     return state
 
 
@@ -53,8 +65,9 @@ def run(request) -> Run:
         calls.append(1)
         return tiny.loss(apply, batch)
 
-    options = {"every": EVERY, "end": END, "drop_fraction": 0.3}
-    method = dst.method(request.param, SPARSITY, **options)
+    method = dst.method(request.param, SPARSITY, every=EVERY, end=END)
+    if method.score and method.drop != "sign":  # the others do not read it
+        method = dst.method(request.param, SPARSITY, every=EVERY, end=END, drop_fraction=0.3)
     net = dst.network(tiny.Classifier(), tiny.IMAGE, train=False)
     start = first_state(net, tiny.SGD, method, loss, jax.random.key(0))
     update = dst.make_update(net, tiny.SGD, loss)
@@ -110,8 +123,9 @@ def test_rewires_report_what_they_did(run):
             report = run.reports[t]
             assert (old & ~new).sum() == report["pruned"] and (new & ~old).sum() == report["grown"]
             assert report["finite"] and report["active"] == tiny.active(after)
-    moved = sum(int(r["pruned"]) for r in run.reports.values())
-    assert (moved > 0) == run.method.moves or run.method.drop in ("threshold", "sign")
+    moved = {t: int(report["pruned"]) for t, report in run.reports.items()}
+    assert [*moved] == ([2, 4, 6] + [7] * run.method.ramps if run.method.moves else [])
+    assert all(count > 0 for t, count in moved.items() if t < 6), moved
 
 
 def test_one_trace_each(run):
@@ -149,3 +163,59 @@ def test_an_empty_layer_survives(run):
     assert len(floats) > 10 and all(np.isfinite(x).all() for x in floats)
     for path, mask in state.masks.items():
         assert (np.asarray(state.params[path]["kernel"])[~np.asarray(mask)] == 0).all()
+
+
+def asked_in_sparse(net, method):
+    """What each of those who know method and execution says, or that it runs."""
+    config = default()
+    config.update(method=method.name, sparsity=SPARSITY, execution="sparse")
+    config.growth_memory = method.growth_memory
+    asked = [
+        lambda: dst.init_state(net, tiny.SGD, method, jax.random.key(0)),
+        lambda: validate(config),
+    ]
+    if method.moves:
+        asked.append(lambda: dst.make_rewire(net, tiny.SGD, method, tiny.loss, devices=ONE))
+    for ask in asked:
+        try:
+            ask()
+        except dst.ConfigError as error:
+            yield str(error)
+        else:
+            yield "runs"
+
+
+def test_sparse_execution_does_the_same_or_refuses(run):
+    """Plan, counts and report of every event; or one sentence, the same whoever is asked."""
+    method = run.method
+    net = dst.network(tiny.Classifier(), tiny.IMAGE, train=False, execution="sparse")
+    if method.name not in SPARSE:
+        (sentence,) = {*asked_in_sparse(net, method)}
+        assert sentence.startswith(f"method {method.name!r} cannot run in execution 'sparse', ")
+        assert sentence.endswith("execution 'masked'.")
+        if method.name != "rigl":
+            return
+        method = method._replace(growth_memory="streamed")
+    assert {*asked_in_sparse(net, method)} == {"runs"}
+    for one, other in zip(plan(run.net, run.method), plan(net, method), strict=True):
+        np.testing.assert_array_equal(one, other)
+    state = dst.init_state(net, tiny.SGD, method, jax.random.key(0))
+    update = dst.make_update(net, tiny.SGD, tiny.loss, devices=ONE)
+    K, reports = state.masks.column.size, {}
+    rewire = (
+        dst.make_rewire(net, tiny.SGD, method, tiny.loss, devices=ONE) if method.moves else None
+    )
+    assert K == sum(tiny.active(run.states[0]).values())
+    assert dst.sparsity_of(state.masks) == dst.sparsity_of(run.states[0].masks)
+    for t in range(STEPS if method.moves else 1):
+        if dst.due(method, t):
+            state, reports[t] = rewire(state, tiny.batch(t))
+        state, metrics = update(state, tiny.batch(t))
+        assert metrics["finite"]
+    assert reports.keys() == run.reports.keys()
+    for t, report in run.reports.items():
+        ours = jax.device_get(reports[t])
+        assert ours.keys() == report.keys() and ours["finite"]
+        assert sum(ours["active"].values()) == sum(report["active"].values()) == K
+        for count in ("pruned", "grown", "subset_asked"):
+            assert ours[count] == report[count], (t, count)

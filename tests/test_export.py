@@ -29,7 +29,7 @@ class MLP(nn.Module):
     def __call__(self, x):
         normal, dtype = nn.initializers.normal(), self.param_dtype
         h = nn.relu(nn.Dense(self.hidden, param_dtype=dtype, bias_init=normal)(x))
-        return nn.Dense(self.classes, param_dtype=dtype)(h)
+        return nn.Dense(self.classes)(h)  # a sparse layer's kernel is float32
 
 
 @functools.cache
@@ -97,6 +97,32 @@ def test_masked_predictions_are_those_of_the_model():
     plain = Classifier().apply({"params": state.params, **state.batch_stats}, IMAGES, train=False)
     predicted = dst.predictor(network("masked"), state)(IMAGES)
     np.testing.assert_allclose(predicted, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_off_the_masks_predicts_nothing(tmp_path):
+    """Weights from elsewhere put into a state: predictor and export of it agree, NaN included."""
+    net, state = network("masked"), trained("masked")
+    dense = jax.tree.map(lambda leaf: leaf + 1, state.params)
+    mask = state.masks["Dense_0"]
+    dense["Dense_0"]["kernel"] = jnp.where(mask, 1, jnp.nan)
+    dst.export(net, state.replace(params=dense), tmp_path / "net.npz")
+    predicted = dst.predictor(net, state.replace(params=dense))(IMAGES)
+    np.testing.assert_array_equal(predicted, dst.predictor(net, tmp_path / "net.npz")(IMAGES))
+    assert np.isfinite(predicted).all()
+
+
+def test_plain_parameters_in_a_sparse_state_are_told(tmp_path):
+    """Not by a KeyError: in sparse execution one vector holds the values of all connections."""
+    net, state = network("sparse"), trained("sparse")
+    plain = Classifier().init(jax.random.key(0), IMAGES, train=False)["params"]
+    longer = {**state.params, "arena": {"kernel": jnp.zeros(1000)}}
+    for params, found in ((plain, "missing"), (longer, r"\(1000,\)")):
+        sentence = rf"^state\.params\['arena'\]\['kernel'\] is {found}, but must be \(258,\): "
+        wrong = state.replace(params=params)
+        with pytest.raises(dst.ConfigError, match=sentence):
+            dst.export(net, wrong, tmp_path / "net.npz")
+        with pytest.raises(dst.ConfigError, match=sentence):
+            dst.predictor(net, wrong)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)

@@ -95,6 +95,12 @@ def test_processes_must_have_one_config_and_one_workdir(monkeypatch, tmp_path):
     monkeypatch.setattr(hosts, "gather", lambda mine: [mine, {**mine, "seed": 4}])
     with pytest.raises(ConfigError, match=r"seed is 3 in process 0 and 4 in process 1\.$"):
         train.train(small(), tmp_path)
+    # How often to evaluate may change at a resume, but all processes must do it together.
+    monkeypatch.setattr(hosts, "gather", lambda mine: [mine, {**mine, "eval_every": 4}])
+    with pytest.raises(ConfigError, match=r"eval_every is 1 in process 0 and 4 in process 1\.$"):
+        train.check_alike(small())
+    monkeypatch.setattr(hosts, "gather", lambda mine: [mine, {**mine, "data_dir": "/there"}])
+    train.check_alike(small())
     monkeypatch.setattr(hosts, "gather", lambda mine: [mine, -1])
     with pytest.raises(ConfigError, match=r"newest checkpoints differ: step 20, none\.$"):
         train.check_step(20, tmp_path)

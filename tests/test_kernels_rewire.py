@@ -8,19 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dst import kernels
+from tests.arenas import hashed
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
 examples = settings(max_examples=30, deadline=None)
 
 
-def brute_best(lists, k):
-    """The k best of a dictionary of distinct connections, by score, then in order."""
+def brute_best(lists, k, salt):
+    """The k best of a dictionary of distinct connections, by score, then by hash."""
     best = {}
     for row, column, score in lists:
         for r, c, s in zip(row, column, score, strict=True):
             if s >= 0:
                 best.setdefault((r, c), s)
-    chosen = sorted(best, key=lambda at: (-best[at], at))[:k]
+    chosen = sorted(best, key=lambda at: (-best[at], hashed(salt[at[0]], at[1])))[:k]
     return [(*at, best[at]) for at in sorted(chosen)]
 
 
@@ -46,10 +47,19 @@ def test_best_of_two_lists(seed, P, Q, part):
     rng = np.random.default_rng(seed)
     old, new = candidate_list(rng, P), candidate_list(rng, Q)
     k = round(part * P)
-    row, column, score = (np.asarray(a) for a in kernels.best(*old, *new, jnp.int32(k)))
-    expected = brute_best([old, new], k)
+    salt = rng.integers(2**32, size=20, dtype=np.uint32)
+    found = kernels.best(*old, *new, jnp.int32(k), salt)
+    row, column, score = (np.asarray(a) for a in found)
+    expected = brute_best([old, new], k, salt)
     expected += [(2**31 - 1, 0, -1.0)] * (P - len(expected))
     assert list(zip(row.tolist(), column.tolist(), score.tolist(), strict=True)) == expected
+
+
+def test_best_refuses_a_row_without_a_salt():
+    one = np.array([3], np.int32), np.array([0], np.int32), np.ones(1, np.float32)
+    with pytest.raises(Exception, match="every candidate's row has a salt"):
+        found = kernels.best(*one, *one, jnp.int32(1), np.zeros(3, np.uint32))
+        jax.block_until_ready(found)
 
 
 def structure_as_pairs(column, pointer):

@@ -97,6 +97,41 @@ def test_the_log_of_another_config_is_refused_and_kept(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_what_a_resume_changes_is_told_once(tmp_path, capsys):
+    """Settings that change nothing that is computed, and the machine; all else is refused."""
+    path = tmp_path / "metrics.jsonl"
+    first = {**HEADER, "config": {**CONFIG, "eval_every": 1, "width": 1.0}}
+    other = {**first, "config": {**first["config"], "eval_every": 2, "width": 2.0, "devices": 4}}
+    other["git_revision"] = "b"
+
+    def go_on(header, start, stop):
+        with log.open_log(tmp_path, header, start) as out:
+            for k in range(max(start, 0) + 1, stop + 1):
+                out.write("train", k, epoch=k, loss=2 / k)
+        return log.read(path)
+
+    go_on(first, -1, 4)
+    assert not capsys.readouterr().err
+    header, events = go_on(other, 2, 6)
+    changed = {"eval_every": 2, "width": 2.0, "devices": 4}  # an MLP has no width
+    assert events[2] == {
+        "event": "resume", "step": 2, "changed": {"git_revision": "b", "config": changed}
+    }  # fmt: skip
+    assert header == strict(json.dumps(first))  # the first start's
+    assert log.headers(header, events)[-1] == strict(json.dumps(other))
+    said = capsys.readouterr().err
+    assert "goes on with eval_every = 2 (was 1)" in said and "other git_revision." in said
+    whole = path.read_bytes()
+    go_on(other, 2, 6)
+    assert path.read_bytes() == whole and not capsys.readouterr().err
+    # From a checkpoint before the change it is as if that had not been.
+    assert [e["event"] for e in go_on(first, 1, 3)[1]] == ["train"] * 3
+    # Before the first checkpoint nothing is resumed: the log is new.
+    assert log.headers(*go_on(other, -1, 1)) == [strict(json.dumps(other))]
+    with pytest.raises(ConfigError, match="heuristic = 'grabo', but heuristic is 'uniform' now"):
+        go_on({"config": {**other["config"], "heuristic": "uniform"}}, 1, 2)
+
+
 def test_a_torn_last_line_is_not_read(tmp_path):
     write_steps(tmp_path, 0, 2)
     path = tmp_path / "metrics.jsonl"

@@ -63,7 +63,9 @@ def test_o10_the_largest_of_200_weights_nested():
 def test_a_ticket_is_the_first_state_on_the_masks():
     """After training: theta_0 x masks bit for bit; all else as at the very start."""
     parts = setup("lottery", 0.95)
-    first, key = parts.state, jax.random.key(0)
+    key = jax.random.key(0)
+    first = ticket(parts.net, parts.tx, parts.method, key)
+    assert all(mask.all() for mask in first.masks.values())
     update = dst.make_update(parts.net, parts.tx, loss, devices=jax.local_devices()[:1])
     trained = first
     for step in range(3):

@@ -91,3 +91,37 @@ def test_a_model_with_nothing_but_sparse_kernels_is_no_exception(model):
     refuse_unless_coordinate_wise(ACCEPTED["adamw"], {}, layers)
     with pytest.raises(ConfigError, match="coordinate by coordinate"):
         refuse_unless_coordinate_wise(REFUSED["lamb"], {}, layers)
+
+
+def failing(error, when=lambda params: True):
+    """An optimizer that raises `error` if `when` holds for the parameters."""
+
+    def update(updates, state, params):
+        if when(params):
+            raise error
+        return updates, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def test_an_optimizers_own_error_is_raised_as_it_is(model):
+    """What ordinary kernels meet too has nothing to do with one vector."""
+    with pytest.raises(KeyError, match="a misspelt name"):
+        refuse_unless_coordinate_wise(failing(KeyError("a misspelt name")), *model)
+
+
+def test_an_error_that_only_the_vector_meets_is_quoted(model):
+    tx = failing(ValueError("no\nConv_0"), lambda params: "kernel" not in params.get("Conv_0", {}))
+    with pytest.raises(ConfigError, match=r"ValueError: no Conv_0 .* are one vector; use") as error:
+        refuse_unless_coordinate_wise(tx, *model)
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+def test_constants_in_the_kernels_shapes_are_no_error_of_the_optimizers_own(model):
+    """Decay towards earlier weights: fails on small kernels, and could not know the vector."""
+    rest, layers = model
+    kernels = {path: {"kernel": jnp.ones(layer.shape)} for path, layer in layers.items()}
+    earlier = {path: {**rest.get(path, {}), **kernels.get(path, {})} for path in rest | kernels}
+    pull = optax.stateless(lambda g, w: jax.tree.map(lambda g, w, w0: g + w - w0, g, w, earlier))
+    with pytest.raises(ConfigError, match="the optimizer fails with"):
+        refuse_unless_coordinate_wise(pull, rest, layers)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
+import dst
+from dst import obstacle
 from dst.config import ConfigError
 from dst.network import network
 
@@ -33,7 +38,13 @@ class Doubled(nn.Dense):
 
 
 class Renamed(nn.Dense):
-    """A subclass that changes nothing."""
+    """A subclass whose product is that of `nn.Dense`."""
+
+    use_bias: bool = False
+    extra: int = 3
+
+    def norm(self):
+        return jnp.abs(self.get_variable("params", "kernel")).max()
 
 
 class Setup(nn.Module):
@@ -79,7 +90,7 @@ def test_every_kind_of_use_is_found_and_the_rest_listed():
         net = network(model, IMAGE)
         assert {path: layer.shape for path, layer in net.layers.items()} == shapes
         assert {layer.kind for path, layer in net.layers.items() if path != "remat"} == {"dense"}
-        assert net.layers["remat"][3:] == ((2, 2), "VALID", (1, 1))
+        assert net.layers["remat"][3:] == ((2, 2), "VALID", (1, 1), None)
         assert net.dense == dict.fromkeys(dense, "not the kernel of nn.Dense or nn.Conv")
         assert net.possible == 144 + 42 + 35 + 3 * 25 + 9 + 12
         jax.eval_shape(model.init, jax.random.key(0), IMAGE)
@@ -135,6 +146,10 @@ def vmapped(axis):
     return body
 
 
+def signs(variables):
+    return jax.tree.map(jnp.sign, variables)
+
+
 def tied(use_bias, read):
     def body(module, x):
         a = nn.Dense(3, use_bias=use_bias, name="a")
@@ -143,9 +158,19 @@ def tied(use_bias, read):
     return body
 
 
-def foreign(module, x):
-    kernel = module.param("kernel", nn.initializers.ones, (x.shape[-1], 3))
-    return nn.Dense(3).apply({"params": {"kernel": kernel, "bias": jnp.zeros(3)}}, x)
+def own_error(module, x):
+    """Its batch statistics are to be averaged over an axis that nothing has named."""
+    x = nn.Dense(3, name="a")(x)
+    return nn.BatchNorm(use_running_average=False, axis_name="batch")(x)
+
+
+def replacing(base, *names):
+    """A subclass of `base` with methods of these names that do what its own do."""
+    same = {
+        name: lambda self, *a, _name=name, **k: getattr(base, _name)(self, *a, **k)
+        for name in names
+    }
+    return type("Other", (base,), same)
 
 
 REFUSED = {
@@ -172,6 +197,14 @@ REFUSED = {
         lambda m, x: nn.SpectralNorm(nn.Conv(3, (1, 1), name="a"))(x, update_stats=True),
         "'a'.*by a norm",
     ),
+    "mapped": (
+        lambda m, x: nn.map_variables(nn.Dense, "params", signs, init=True)(3, name="a")(x),
+        "'a'.*by nn.map_variables",
+    ),
+    "mapped block": (
+        lambda m, x: nn.map_variables(Cell, "params", signs, init=True)(name="a")(x, x)[0],
+        "'a/inner'.*by nn.map_variables",
+    ),
     "subclass": (layer(lambda: Doubled(3, name="a")), "'a'.*Doubled overrides __call__"),
     "tied": (tied(True, lambda m, a: m.variables["params"]["a"]["kernel"]), "tying"),
     "tied, no bias": (
@@ -180,7 +213,20 @@ REFUSED = {
     ),
     "tied, own": (tied(False, lambda m, a: a.variables["params"]["kernel"]), "tying"),
     "tied, get": (tied(True, lambda m, a: a.get_variable("params", "kernel")), "tying"),
-    "kernel of another": (foreign, "it has no path"),
+    "param": (
+        layer(lambda: replacing(nn.Conv, "param")(4, (3, 3), name="a")),
+        "'a'.*its kernel is reparameterised: Other overrides param",
+    ),
+    "variables": (layer(lambda: replacing(nn.Dense, "get_variable")(4, name="a")), "get_variable"),
+    "setup": (layer(lambda: replacing(nn.Dense, "setup")(4, name="a")), "Other overrides setup"),
+    "promotion": (
+        layer(lambda: nn.Dense(4, promote_dtype=lambda *a, dtype: a, name="a")),
+        "'a'.*a custom promote_dtype",
+    ),
+    "type": (
+        layer(lambda: nn.Dense(4, param_dtype=jnp.bfloat16, name="a")),
+        "'a'.*param_dtype is bfloat16, allowed is float32",
+    ),
     "nothing": (lambda m, x: nn.LayerNorm()(x), "no nn.Dense or nn.Conv"),
 }
 
@@ -193,7 +239,59 @@ def test_what_is_not_covered_is_refused_in_one_sentence(case):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("case", ["groups", "scan, shared", "weight norm", "tied", "subclass"])
+def test_what_a_kernel_read_elsewhere_raises_is_quoted():
+    with pytest.raises(
+        ConfigError, match=r"weight tying.*AttributeError: 'NoneType' object has no"
+    ):
+        network(Model(REFUSED["tied, get"][0]), IMAGE)
+
+
+def test_a_models_own_error_is_raised_as_it_is():
+    """`init` does not meet it; it has nothing to do with kernels."""
+    with pytest.raises(NameError, match="unbound axis name: batch"):
+        network(Model(own_error), ROWS)
+
+
+def test_every_field_of_flax_is_accounted_for(monkeypatch):
+    """What a later Flax adds is refused once it is set."""
+    fields = [field.name for base in (nn.Dense, nn.Conv) for field in dataclasses.fields(base)]
+    assert set(fields) == obstacle.FIELDS
+    monkeypatch.setattr(obstacle, "FIELDS", obstacle.FIELDS - {"precision"})
+    network(Model(layer(lambda: nn.Dense(3, name="a"))), ROWS)
+    with pytest.raises(ConfigError, match=r"'a'.*precision 'high', which dst does not know"):
+        network(Model(layer(lambda: nn.Dense(3, precision="high", name="a"))), ROWS)
+
+
+@pytest.mark.parametrize("execution", ["masked", "sparse"])
+def test_annotations_for_other_meshes_are_left_out(execution):
+    """`nn.with_partitioning` puts variables into boxes, which `dst` has no use for."""
+    boxed = lambda f: nn.with_partitioning(f, ("model",))  # noqa: E731
+    zeros, ones = boxed(nn.initializers.zeros), boxed(nn.initializers.ones)
+    body = lambda m, x: nn.Dense(3, bias_init=ones, kernel_init=zeros)(  # noqa: E731
+        nn.Conv(2, (3, 3), kernel_init=zeros, name="dense")(x)
+    )
+    net = network(Model(body), IMAGE, sparse=lambda path: path != "dense", execution=execution)
+    state = dst.init_state(net, optax.adam(1e-3), dst.method("set", 0.5), jax.random.key(0))
+    assert dst.predictor(net, state)(jnp.ones(IMAGE.shape)).shape == (2, 8, 8, 3)
+    assert state.params["Dense_0"]["bias"].shape == (3,)
+
+
+def own_kernel(module, x):
+    """A layer on a kernel that the model makes itself."""
+    kernel = module.param("kernel", nn.initializers.ones, (4, 3))
+    return nn.Dense(3, use_bias=False, name="head").apply({"params": {"kernel": kernel}}, x)
+
+
+def test_a_layer_applied_to_variables_of_its_own_stays_dense(caplog):
+    net = network(Model(lambda m, x: own_kernel(m, nn.Dense(4)(x))), IMAGE)
+    assert list(net.layers) == ["Dense_0"] and set(net.dense) == {"kernel"}
+    assert "head stays dense: it is applied to variables of its own" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["groups", "scan, shared", "weight norm", "tied", "subclass", "param", "type"],
+)
 def test_a_refused_layer_may_stay_dense(case):
     def body(module, x):
         return nn.Dense(3, name="sparse")(REFUSED[case][0](module, x))

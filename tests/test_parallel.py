@@ -1,11 +1,14 @@
 """Data parallelism on four virtual devices: replicas bitwise equal, close to one device."""
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import dst
-from dst.update import split_batch
+from dst.update import AXIS, split_batch
 from tests.tiny import batch, loss, setup
 
 
@@ -60,3 +63,76 @@ def test_a_batch_that_does_not_split_is_refused():
     """One sentence with the number of devices."""
     with pytest.raises(dst.ConfigError, match="batch_size is 6; allowed are multiples of the 4"):
         split_batch(batch(0, 6))
+
+
+class Counting(nn.Module):
+    """A Dense layer that counts: its calls, the positive inputs, whether any was above 1."""
+
+    @nn.compact
+    def __call__(self, x):
+        for name, start, value in (
+            ("calls", jnp.int32(0), lambda n: n + 1),
+            ("positive", jnp.int32(0), lambda n: n + (x > 0).sum(dtype=jnp.int32)),
+            ("above", jnp.bool_(False), lambda seen: seen | (x > 1).any()),
+        ):
+            own = self.variable("counters", name, lambda start=start: start)
+            if not self.is_initializing():
+                own.value = value(own.value)
+        return nn.Dense(3)(x)
+
+
+def counting_run(devices, loss, steps=2):
+    """(state, metrics) of a few updates on 8 rows, the first device's of which are special."""
+    net, tx = dst.network(Counting(), jnp.ones((1, 4))), optax.sgd(0.1)
+    state = dst.init_state(net, tx, dst.method("random", 0.5), jax.random.key(0))
+    update = dst.make_update(net, tx, loss, devices=devices)
+    x = np.linspace(2, -1, 32, dtype=np.float32).reshape(8, 4)
+    for _ in range(steps):
+        state, metrics = update(state, (x, np.arange(8, dtype=np.float32)))
+    return state, metrics
+
+
+def test_integers_are_not_those_of_the_first_device():
+    """A metric that counts or tells is averaged as the others are; a model's counters agree."""
+
+    def counts(apply, batch):
+        x, weights = batch
+        metrics = {"rows": jnp.int32(len(x)), "heavy": (weights > 4).sum(), "any": weights[0] > 3}
+        return apply(x).mean(), metrics
+
+    (_, one), (state, four) = (
+        counting_run(devices, counts) for devices in (jax.local_devices()[:1], jax.local_devices())
+    )
+    assert {k: v.dtype for k, v in one.items()} == {k: v.dtype for k, v in four.items()}
+    assert (float(one["rows"]), float(one["heavy"]), float(one["any"])) == (8, 3, 0)
+    assert (float(four["rows"]), float(four["heavy"]), float(four["any"])) == (2, 3 / 4, 1 / 2)
+    shards_equal(state)
+    counters = state.batch_stats["counters"]
+    assert counters["calls"] == 2 and counters["calls"].dtype == jnp.int32
+    # Positive: 8, 8, 5 and 0 of a device's, twice; the mean is rounded down each time.
+    positive = [int((part > 0).sum()) for part in np.split(np.linspace(2, -1, 32), 4)]
+    assert len(set(positive)) > 1 and counters["positive"] == 2 * (sum(positive) // 4)
+    assert bool(counters["above"])
+
+
+def test_a_weighted_mean_over_devices():
+    """Divided by the weights' mean over the devices it is that of one device; else it is not."""
+
+    def weighted(total):
+        def loss(apply, batch):
+            x, weights = batch
+            value = (weights[:, None] * apply(x) ** 2).sum() / total(weights)
+            return value, {"weighted": value}
+
+        return loss
+
+    def ends(total):
+        one, four = jax.local_devices()[:1], jax.local_devices()
+        return [counting_run(devices, weighted(total)) for devices in (one, four)]
+
+    (one, said), (four, also) = ends(lambda weights: jax.lax.pmean(weights.sum(), AXIS))
+    np.testing.assert_allclose(said["weighted"], also["weighted"], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    (_, said), (_, also) = ends(lambda weights: weights.sum())
+    assert abs(float(said["weighted"]) - float(also["weighted"])) > 0.01

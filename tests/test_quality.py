@@ -14,9 +14,9 @@ from scipy import stats
 
 from dst import checkpoint, data, train
 from dst.plan import plan
-from dst.sample import draw_subset
 from experiments import quality
 from experiments.runs import configured
+from tests.test_sample import draw_jit
 
 ONE = jax.local_devices()[:1]
 RUN = dict(
@@ -87,7 +87,7 @@ def by_hand(run):
         state, _ = checkpoint.restore_step(manager, 15, built.state, config.to_dict())
     digits = data.load("digits", "", 0)
     n = len(digits.train_labels)
-    order = jax.random.permutation(jax.random.fold_in(state.key, 1), jnp.arange(n))
+    order = data.epoch_order(state.key, 1, n)
     chosen = np.asarray(order)[4 * 128 : 5 * 128]  # step 15 is the fifth of epoch 1
     x = (digits.train_images[chosen].reshape(128, 64) / 255 - digits.mean[0]) / digits.std[0]
     labels = digits.train_labels[chosen]
@@ -125,9 +125,6 @@ def test_correlations_equal_those_of_a_network_by_hand(name, measured, by_hand):
     whole = stats.spearmanr(*(np.concatenate(side) for side in zip(*pairs, strict=True))).statistic
     assert row["layer_correlation"] == pytest.approx(np.mean(within), abs=2e-3)
     assert row["correlation"] == pytest.approx(whole, abs=2e-3)
-
-
-draw_jit = jax.jit(draw_subset, static_argnums=(5, 6))
 
 
 def test_recall_and_mass_equal_those_of_draws_by_hand(measured, by_hand):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import dst
+from dst.config import default
+from dst.methods import method_of, resolve
 from dst.plan import plan
-from dst.remember import DECAY, TOLERANCE
+from dst.remember import TOLERANCE
 from dst.schedules import cubic_sparsity, largest_remainder
 from tests import tiny
 
@@ -89,9 +91,17 @@ def test_snfs():
     assert report["pruned"] == report["grown"] == total
 
 
-def test_snfs_follows_the_dense_gradient():
+def test_snfs_decays_as_the_optimizer_does():
+    """On the command line by the configured momentum; the paper's else."""
+    config = default()
+    config.method, config.momentum = "snfs", 0.5
+    assert method_of(resolve(config), 1).momentum == 0.5 != dst.method("snfs").momentum == 0.9
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5}])
+def test_snfs_follows_the_dense_gradient(options):
     """v <- mu v + g of every possible connection, the inactive ones not masked away."""
-    parts = tiny.setup("snfs")
+    parts, mu = tiny.setup("snfs", **options), options.get("momentum", 0.9)
     update = dst.make_update(parts.net, parts.tx, tiny.loss, devices=ONE)
     state, total = parts.state, None
     model, (x, y) = parts.net.model, parts.batch
@@ -104,7 +114,7 @@ def test_snfs_follows_the_dense_gradient():
 
     for _ in range(2):
         g = tiny.kernels(jax.grad(value)(state.params, state), state)
-        total = g if total is None else {p: DECAY * total[p] + g[p] for p in g}
+        total = g if total is None else {p: mu * total[p] + g[p] for p in g}
         state, _ = update(state, parts.batch)
     for path, v in state.method["momentum"].items():
         np.testing.assert_allclose(v, total[path], rtol=1e-4, atol=1e-6)

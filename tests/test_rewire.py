@@ -15,22 +15,30 @@ from jax import lax
 
 import dst
 from dst import rewire as rewire_module
+from dst.arena import positions
 from dst.candidates import Candidates
 from dst.drop import weakest
+from dst.hashing import hashes_at, salts
+from dst.network import Layer
 from dst.plan import plan
 from dst.schedules import largest_remainder
+from tests.arenas import hashed
+from tests.executions import structure
 from tests.tiny import active, batch, kernels, loss, setup
 
 METHODS = ["set", "rigl", "gse"]
+KEY = jax.random.key(4)
 
 
 @functools.partial(jax.jit, static_argnums=5)
 def exchange(A, w, S, score, k, size):
     """Drop the k weakest of A, grow the k <= size best of S: (A without P, that with G)."""
-    survivors = A & ~weakest(w, A, k)
+    layers = {"layer": Layer("layer", "dense", (A.size, 1))}
+    network = types.SimpleNamespace(possible=A.size, layers=layers)
+    ties = lambda: hashes_at(network, KEY, jnp.arange(A.size, dtype=jnp.int32))  # noqa: E731
+    survivors = A & ~weakest(w, A, k, ties)
     found = Candidates(S, score, k, k, jnp.bool_(True))
-    network = types.SimpleNamespace(possible=A.size)
-    return survivors, survivors | rewire_module.grown(network, found, k, size, None)
+    return survivors, survivors | rewire_module.grown(network, found, k, size, KEY)
 
 
 def rewired(parts, state=None, devices=None):
@@ -61,8 +69,9 @@ def test_exchange_is_global_and_does_not_regrow():
 
 
 def exchange_oracle(A, w, S, score, k):
-    order = sorted(np.flatnonzero(A), key=lambda i: (abs(w[i]), i))
-    best = sorted(range(len(S)), key=lambda i: (-score[i], i))
+    (salt,) = np.asarray(salts(KEY, 0, 1))  # a layer of one output: the column is the position
+    order = sorted(np.flatnonzero(A), key=lambda i: (abs(w[i]), hashed(salt, i)))
+    best = sorted(range(len(S)), key=lambda i: (-score[i], hashed(salt, S[i])))
     new = A.copy()
     new[order[:k]] = False
     new[[S[i] for i in best[:k]]] = True
@@ -71,8 +80,8 @@ def exchange_oracle(A, w, S, score, k):
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_exchange_equals_a_stable_sort(data):
-    """Ties included: few distinct weights and scores. The number of connections never changes."""
+def test_exchange_equals_a_sort(data):
+    """Ties by hash: few distinct weights and scores. The number of connections never changes."""
     n = 24
     A = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     w = np.array(data.draw(st.lists(st.integers(-2, 2), min_size=n, max_size=n)), np.float32)
@@ -243,27 +252,67 @@ def test_every_annealed_fraction_is_exact_and_compiles_once():
         assert sum(active(state).values()) == K
 
 
-def test_fewer_candidates_than_asked_drop_fewer():
-    """A network of dead units: no candidate has a gradient, so none is dropped either."""
-    parts = setup("gse", heuristic="grabo", sparsity=0.5)
-    dead = jax.tree.map(lambda p: p * 0, parts.state.params)
-    state, report = rewired(parts, parts.state.replace(params=dead), one())
-    # Only the last layer's inputs and errors are alive: h is 0 behind a dead convolution.
-    assert int(report["grown"]) == int(report["pruned"]) <= int(report["subset_realised"])
-    assert sum(active(state).values()) == sum(active(parts.state).values())
-    assert all(np.isfinite(k).all() for k in kernels(state.params, state).values())
+def narrowed(execution, alive):
+    """A run whose only live candidates lead from `alive` of Dense_0's 20 units to the 5 classes.
 
-
-def test_a_layer_may_be_emptied():
-    """All of one layer's weights are the smallest: it collapses, and nothing becomes NaN."""
-    parts = setup("rigl", sparsity=0.6, drop_fraction=1.0)
+    A constant of the batch norm stops every unit of the convolution: no error comes before it and
+    no activation leaves it. Dense_0 lives by its biases.
+    """
+    parts = setup("gse", heuristic="grabo", execution=execution)
     params = dict(parts.state.params)
-    params["Dense_1"] = jax.tree.map(lambda p: p * 1e-6, params["Dense_1"])
+    params["BatchNorm_0"] = {"scale": jnp.zeros(6), "bias": -jnp.ones(6)}
+    bias = jnp.where(jnp.arange(20) < alive, 1.0, -1.0)
+    params["Dense_0"] = {**params["Dense_0"], "bias": bias}
+    return parts._replace(state=parts.state.replace(params=params))
+
+
+@pytest.mark.parametrize("execution", ["masked", "sparse"])
+def test_fewer_candidates_than_asked_drop_fewer(execution):
+    """Dead units leave S less than |P|: all of it grows, and as many are dropped as grow."""
+    parts = narrowed(execution, alive=2)
+    P = int(plan(parts.net, parts.method).grown[0])
+    old = structure(parts.state)
+    free = ~old["Dense_1"][:2]
+    state, report = rewired(parts, devices=one())
+    new = structure(state)
+    assert int(report["subset_realised"]) == free.sum() < P < int(report["subset_asked"])
+    assert int(report["grown"]) == int(report["pruned"]) == free.sum() > 0
+    grown = {path: new[path] & ~mask for path, mask in old.items()}
+    assert (grown["Dense_1"][:2] == free).all() and sum(
+        g.sum() for g in grown.values()
+    ) == free.sum()
+    dropped = sum((mask & ~new[path]).sum() for path, mask in old.items())
+    assert dropped == free.sum() and bool(report["finite"])
+
+
+@pytest.mark.parametrize("execution", ["masked", "sparse"])
+def test_a_layer_may_be_emptied(execution):
+    """The convolution's weights are the smallest and nothing can grow there: it has none left."""
+    parts = narrowed(execution, alive=20)
+    state = parts.state.replace(params=faded(parts.state, "Conv_0"))
+    rewire = dst.make_rewire(parts.net, parts.tx, parts.method, loss, devices=one())
     update = dst.make_update(parts.net, parts.tx, loss, devices=one())
-    state, report = rewired(parts, parts.state.replace(params=params), one())
-    state = state.replace(masks={**state.masks, "Dense_1": jnp.zeros_like(state.masks["Dense_1"])})
-    state, metrics = update(state, parts.batch)
-    assert bool(metrics["finite"]) and bool(report["finite"])
+    K = sum(mask.sum() for mask in structure(state).values())
+    state, report = rewire(state.replace(step=jnp.int32(2)), parts.batch)
+    assert int(report["active"]["Conv_0"]) == structure(state)["Conv_0"].sum() == 0
+    assert int(report["dead_units"]["Conv_0"]) == 6 and bool(report["finite"])
+    for step in range(2):  # with nothing left of it, steps and the next rewire go on
+        state, metrics = update(state, batch(step))
+        assert bool(metrics["finite"])
+    state, report = rewire(state, parts.batch)
+    assert int(report["grown"]) > 0 and bool(report["finite"])
+    assert sum(mask.sum() for mask in structure(state).values()) == K
+
+
+def faded(state, path):
+    """The parameters with a layer's weights so small that they go first."""
+    if isinstance(state.masks, dict):
+        kernel = state.params[path]["kernel"] * 1e-6
+        return {**state.params, path: {**state.params[path], "kernel": kernel}}
+    part = next(part for part in state.masks.parts if part.layer.path == path)
+    here, _ = positions(state.masks, part)
+    values = state.params["arena"]["kernel"]
+    return {**state.params, "arena": {"kernel": values.at[here].multiply(1e-6)}}
 
 
 def test_nan_is_reported():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dst.config import METHODS, ConfigError
-from dst.log import read
+from dst.log import headers, read
 from dst.masks import active_count
 from dst.schedules import events
 from experiments import layer_sparsity, memory, subset_size, sweep, table1, width
@@ -156,8 +156,9 @@ def test_committed_logs_are_finished_and_in_their_own_folder():
         assert folder_of(logged(header)) == folder.name
         assert lines[-1]["event"] == "end", folder
         assert lines[-1]["active"].keys() == lines[-1]["possible"].keys()
-        assert header["versions"]["jax"] and header["git_revision"]
-        assert not header["git_revision"].endswith("+dirty"), folder
+        for part in headers(header, lines):
+            assert part["versions"]["jax"] and part["git_revision"]
+            assert not part["git_revision"].endswith("+dirty"), folder
 
 
 def test_a_log_in_another_runs_folder_is_refused(tmp_path):

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import dst
+from dst.remember import begun
 from dst.scores import (
     SCORES,
     hessian_product,
@@ -321,5 +322,5 @@ def test_dropout_is_off_while_scoring_and_on_afterwards(block):
         np.testing.assert_allclose(gradients(state), expected, rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(gradients(state), gradients(other))
         update = dst.make_update(net, tx, cross_entropy, devices=one())
-        losses = [float(update(s, (x, y))[1]["loss"]) for s in (state, other)]
+        losses = [float(update(begun(s), (x, y))[1]["loss"]) for s in (state, other)]
         assert losses[0] != losses[1]

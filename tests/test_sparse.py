@@ -14,7 +14,7 @@ from dst import rewire as masked_rewire
 from dst.execution import forward
 from dst.heuristics import synaptic_flow
 from tests import tiny
-from tests.executions import ADAMW, ONE, both, check_arena, close, dense, structure
+from tests.executions import ADAMW, ONE, both, check_arena, close, dense, precisions, structure
 
 
 # ------------------------------------------------------------------------------------ the start
@@ -111,6 +111,74 @@ def test_lifted_and_shared_layers_agree(tier):
     state, report = rewire(states[1], data)
     check_arena(state, states[1].masks.column.size)
     assert int(report["grown"]) > 0
+
+
+class Precise(nn.Module):
+    """As on an accelerator, whose products are of TF32 or bfloat16 unless asked for more."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(3, (3, 3), precision="highest")(x))
+        return nn.Dense(2, precision="highest")(x.reshape(len(x), -1))
+
+
+def test_a_modules_precision_reaches_every_product(tier):
+    """Of the forward and the backward pass: whatever is a product says so."""
+    net = dst.network(Precise(), jnp.zeros((1, 4, 4, 2)), execution="sparse")
+    state = dst.init_state(net, tiny.SGD, dst.method("set", 0.5), jax.random.key(0))
+    x = jnp.ones((2, 4, 4, 2))
+    run = lambda p, x: forward(net, p, state.masks, {}, x).sum()  # noqa: E731
+    products = precisions(jax.make_jaxpr(jax.grad(run, argnums=(0, 1)))(state.params, x))
+    assert len(products) >= 3 and all("HIGHEST" in str(product) for product in products)
+
+
+class Teacher(nn.Module):
+    """Its layers have the paths of `Distilled`'s own."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(6)(x))
+        return nn.Dense(5)(x)
+
+
+class Distilled(nn.Module):
+    """A model that calls another one on variables of its own, before and after its layers."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        wide = {"kernel": np.eye(7, 6, dtype=np.float32), "bias": np.ones(6, np.float32)}
+        narrow = {"kernel": np.eye(6, 5, dtype=np.float32), "bias": np.ones(5, np.float32)}
+        teacher = lambda: Teacher().apply({"params": {"Dense_0": wide, "Dense_1": narrow}}, x)  # noqa: E731
+        h = nn.relu(nn.Dense(12)(jnp.concatenate([x, teacher()], -1)))
+        return nn.Dense(5)(h) + teacher()
+
+
+@pytest.mark.parametrize(
+    "options", [{"name": "gse"}, {"name": "rigl", "growth_memory": "streamed"}]
+)
+def test_layers_of_another_model_are_not_taken_for_the_models_own(options, tmp_path):
+    """Of the same paths; through the predictions, the update and both kinds of rewire."""
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(8, 7)).astype(np.float32), rng.integers(5, size=8)
+    method = dst.method(sparsity=0.5, every=2, end=9, **options)
+    states = []
+    for execution in ("masked", "sparse"):
+        net = dst.network(Distilled(), jnp.zeros((1, 7)), execution=execution)
+        assert {p: layer.shape for p, layer in net.layers.items()} == {
+            "Dense_0": (12, 12), "Dense_1": (12, 5)
+        }  # fmt: skip
+        state = dst.init_state(net, tiny.SGD, method, jax.random.key(1))
+        update = dst.make_update(net, tiny.SGD, tiny.loss, devices=ONE)
+        state, _ = update(state, data)
+        dst.export(net, state, tmp_path / "net.npz")
+        expected = Distilled().apply(dst.load(tmp_path / "net.npz"), data[0])
+        close(dst.predictor(net, state)(data[0]), expected)
+        rewire = dst.make_rewire(net, tiny.SGD, method, tiny.loss, devices=ONE)
+        state, report = rewire(state, data)
+        assert int(report["grown"]) > 0
+        states.append(state)
+    if method.name == "rigl":  # which draws nothing
+        close(dense(states[0]), dense(states[1]))
 
 
 # ----------------------------------------------------------------------------------- its memory

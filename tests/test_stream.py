@@ -1,5 +1,7 @@
 """RigL's choice from blocks of the dense gradient: that of the whole one, in both executions."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +10,16 @@ from flax import linen as nn
 
 import dst
 from dst import kernels, probes, stream
-from dst.select import nothing
+from dst.hashing import salts
+from dst.select import nothing, row_salts
 from dst.update import AXIS, parallel
 from tests import tiny
-from tests.arenas import random_case
+from tests.arenas import hashed, random_case
 from tests.executions import ONE, both, check_arena, close, dense, structure
 from tests.test_probes import Layers, Structure, arrays_of, assert_close, by_call, loss_of, setting
 
 BLOCKS = [3, 7, 2**20]
+KEY = jax.random.key(9)
 
 
 def on_devices(f, *args):
@@ -98,7 +102,7 @@ def mean_gradient(layer, units):
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_masked_the_choice_is_top_k_of_all_layers(monkeypatch, block):
-    """Ties included, whatever the blocks; what is active is never chosen."""
+    """Ties by hash, whatever the blocks; what is active is never chosen."""
     monkeypatch.setattr(stream, "BLOCK", block)
     rng = np.random.default_rng(block)
     layers = setting(Layers())[0].layers
@@ -111,38 +115,49 @@ def test_masked_the_choice_is_top_k_of_all_layers(monkeypatch, block):
             for p, layer in layers.items()
         ]
     )
-    order = np.argsort(-score, kind="stable")
+    ties = []
+    for l, layer in enumerate(layers.values()):
+        salt = np.asarray(salts(KEY, l, layer.n_out))
+        places = np.ndindex(layer.size // layer.n_out, layer.n_out)
+        ties += [hashed(salt[output], column) for column, output in places]
+    order = np.lexsort((ties, -score))
     inactive = int(np.isfinite(score).sum())
+    net = types.SimpleNamespace(layers=layers)
     for size in (30, inactive + 5):
-        choose = lambda units, n=size: stream.strongest(layers, units, masks, n)  # noqa: E731
+        choose = lambda units, n=size: stream.strongest(net, units, masks, n, KEY)  # noqa: E731
         position, best, finite = on_devices(choose, units)
         assert position.dtype == jnp.int32 and bool(finite.all())
         for p, s in zip(np.asarray(position), np.asarray(best), strict=True):
-            np.testing.assert_array_equal(p[:inactive], order[:size][:inactive])
-            np.testing.assert_array_equal(s, score[order[:size]])
+            held = np.isfinite(s)
+            assert held.sum() == min(size, inactive)
+            np.testing.assert_array_equal(np.sort(p[held]), np.sort(order[: held.sum()]))
+            np.testing.assert_array_equal(s[held], score[p[held]])
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_sparse_the_choice_is_the_best_of_what_does_not_exist(monkeypatch, tier, block):
-    """Of equals the first in (row, column) order; blocks cut rows, or hold many."""
+    """Of equals the lower hashes; blocks cut rows, or hold many."""
     monkeypatch.setattr(stream, "BLOCK", block)
     rng = np.random.default_rng(block)
     case = random_case(rng, 60)
     layers = [part.layer for part in case.arena.parts]
     units = {layer.path: integers(rng, layer) for layer in layers}
-    missing = []
+    missing, salt = [], row_salts(case.arena, KEY)
+    salts_of_rows = np.asarray(salt)
     for part, mask in zip(case.arena.parts, case.masks, strict=True):
         G = np.abs(mean_gradient(part.layer, units[part.layer.path])).reshape(-1, part.n_out)
         for i, o in zip(*np.nonzero(~mask), strict=True):
-            missing.append((-G[i, o], part.first + i // part.block * part.n_out + o, i))
+            row = part.first + i // part.block * part.n_out + o
+            missing.append((-G[i, o], hashed(salts_of_rows[row], i), row, i))
     missing.sort()
-    choose = lambda units, P: stream.strongest_missing(case.arena, units, nothing(99), P)  # noqa: E731
+    empty = nothing(99)
+    choose = lambda units, P: stream.strongest_missing(case.arena, units, empty, P, salt)  # noqa: E731
     two = parallel(choose, (0, None), jax.local_devices()[:2])
     for P in (20, 99):
         found, finite = two(units, jnp.int32(P))
         assert bool(finite)
         row, column, score = (np.asarray(a)[np.asarray(found.score) >= 0] for a in found)
-        expected = sorted((r, i, -s) for s, r, i in missing[:P])
+        expected = sorted((r, i, -s) for s, _, r, i in missing[:P])
         assert list(zip(row, column, score, strict=True)) == expected
 
 

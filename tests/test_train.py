@@ -125,28 +125,36 @@ def test_killed_runs_end_bitwise_the_same(run, uninterrupted, tmp_path):
     for how in HOW.values():
         values = dict(root=str(ROOT), how=how, workdir=str(tmp_path), **run.keywords)
         script = KILL.format(**values)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT)
+        env = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}  # the machine that the others have
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, cwd=ROOT, env=env)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     train.train(run(), tmp_path)
     assert result(tmp_path, run()) == uninterrupted[1]
 
 
+def interrupted_at(step, config, workdir, monkeypatch, number=signal.SIGTERM):
+    """A run that gets a signal at the end of the epoch at this step."""
+    go = loop.end_epoch
+
+    def interrupt(run, state, now, clock):
+        if now == step:
+            os.kill(os.getpid(), number)
+        return go(run, state, now, clock)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "end_epoch", interrupt)
+        train.train(config, workdir)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_exit(run, uninterrupted, tmp_path, monkeypatch, number, capsys):
     """The step is finished and saved; the same command ends as if nothing had happened."""
-    go, before = loop.end_epoch, signal.getsignal(number)
-
-    def interrupt(run, state, step, clock):
-        if step == 11:
-            os.kill(os.getpid(), number)
-        return go(run, state, step, clock)
-
-    monkeypatch.setattr(loop, "end_epoch", interrupt)
-    train.train(run(), tmp_path)
+    before = signal.getsignal(number)
+    interrupted_at(11, run(), tmp_path, monkeypatch, number)
     assert signal.getsignal(number) is before
     assert "Stopped at step" in capsys.readouterr().err
     assert result(tmp_path, run())[1][-1]["event"] != "end"
-    monkeypatch.setattr(loop, "end_epoch", go)
     train.train(run(), tmp_path)
     assert result(tmp_path, run()) == uninterrupted[1]
 
@@ -163,6 +171,30 @@ def test_damage_is_repaired_from_the_step_before(run, uninterrupted, tmp_path, c
         "The checkpoint of step 44 is damaged; taking that of step 42." in capsys.readouterr().err
     )
     assert result(tmp_path, run()) == uninterrupted[1]
+
+
+def test_a_resume_may_change_what_is_not_computed(
+    run, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    """Where and how often: the same bits in the end, said once and told in the log."""
+    interrupted_at(11, run(), tmp_path, monkeypatch)
+    others = dict(data_dir="/elsewhere", eval_every=3, eval_batch_size=90, checkpoint_every=9)
+    config = run(**others, checkpoints_kept=3)
+    train.train(config, tmp_path)
+    said = capsys.readouterr().err
+    assert said.count(" goes on with ") == said.count("eval_every = 3 (was 1)") == 1
+    digest, events = result(tmp_path, config)
+    assert digest == uninterrupted[1][0]
+    (resume,) = (e for e in events if e["event"] == "resume")
+    assert resume["step"] in (11, 12)
+    assert resume["changed"] == {"config": {**others, "checkpoints_kept": 3}}
+    assert [e["step"] for e in events if e["event"] == "eval"] == [11, 33, 44]
+    theirs = [e for e in uninterrupted[1][1] if e["event"] in ("train", "rewire")]
+    assert [e for e in events if e["event"] in ("train", "rewire")] == theirs
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="epochs = 4, but epochs is 5 now"):
+        train.train(run(epochs=5), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_config_is_refused(run, uninterrupted):
@@ -196,6 +228,35 @@ def test_early_stop_looks_at_the_training_or_held_out_loss(tmp_path):
     held_out = [e["validation_loss"] for e in events if e["event"] == "eval"]
     best = int(np.argmin(held_out))
     assert len(held_out) == best + 3
+
+
+def test_the_test_set_is_asked_when_it_is_due_and_once_in_the_end(tmp_path, monkeypatch):
+    """Every `eval_every` epochs and at the end; the validation set, which is watched, always."""
+    asked = []
+    go = train.make_evaluate
+
+    def counted(config, dataset, net, devices, images, labels):
+        evaluate = go(config, dataset, net, devices, images, labels)
+        return lambda state: asked.append((len(labels), int(state.step))) or evaluate(state)
+
+    monkeypatch.setattr(train, "make_evaluate", counted)
+    config = small(method="random", epochs=5, eval_every=2, validation_size=200)
+    train.train(config, tmp_path)
+    whole = result(tmp_path, config)
+    test, held_out = ([step for n, step in asked if n == size] for size in (360, 200))
+    assert (test, held_out) == ([18, 36, 45], [9, 18, 27, 36, 45])
+    events = whole[1]
+    lines = [event for event in events if event["event"] == "eval"]
+    assert [e["step"] for e in lines if "validation_loss" in e] == held_out
+    assert [e["step"] for e in lines if "test_loss" in e] == test
+    assert events[-1]["test_loss"] == lines[-1]["test_loss"]
+    # Killed before the last line was written: restored at its end it writes the same.
+    log = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(log[:-1]))
+    asked.clear()
+    train.train(config, tmp_path)
+    assert asked == [(360, 45)]
+    assert result(tmp_path, config) == whole
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,21 @@ def test_dense_is_plain_training():
     chex.assert_trees_all_close(got, variables, rtol=2e-5, atol=2e-6)
 
 
-def test_one_trace_and_one_compilation_for_a_whole_run():
+@pytest.fixture
+def compiled():
+    """A list with an entry for every program that is compiled during the test."""
+    events = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_one_trace_and_one_compilation_for_a_whole_run(compiled):
     """Steps, rewires and learning rate drops never retrace or compile the update again."""
     rate = optax.piecewise_constant_schedule(0.1, {5: 0.1})
     parts = setup("rigl", tx=optax.sgd(rate, 0.9))
@@ -161,13 +175,7 @@ def test_one_trace_and_one_compilation_for_a_whole_run():
     body = chex.assert_max_traces(n=1)(update_body(parts.net, parts.tx, loss))
     step = parallel(body, (None, 0), one())
     rewire = dst.make_rewire(parts.net, parts.tx, parts.method, loss, devices=one())
-    state, compiled = replicate(parts.state, one()), []
-
-    def listen(event, seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    state = replicate(parts.state, one())
     for i in range(9):
         if dst.due(parts.method, i):
             state, _ = rewire(state, batch(i))
@@ -177,6 +185,54 @@ def test_one_trace_and_one_compilation_for_a_whole_run():
             assert compiled  # the first update and the first rewire
             compiled.clear()
     assert not compiled
+
+
+@pytest.mark.parametrize(
+    ("devices", "donate", "heuristic"), [(1, True, "synflow"), (4, False, "uniform")]
+)
+def test_the_readmes_loop_compiles_update_and_rewire_once(compiled, devices, donate, heuristic):
+    """From `init_state`, whose arrays lie elsewhere, and from a state that the user changed."""
+    parts = setup("gse", tx=optax.adamw(1e-3), heuristic=heuristic)
+    options = dict(devices=jax.local_devices()[:devices], donate=donate)
+    update = dst.make_update(parts.net, parts.tx, loss, **options)
+    rewire = dst.make_rewire(parts.net, parts.tx, parts.method, loss, **options)
+    state, own = parts.state, None
+    for i in range(6):
+        if i == 4:  # as NumPy and as fresh arrays of JAX
+            own = jax.tree.map(np.array, state.params)
+            before = jax.tree.map(np.copy, own)
+            state = state.replace(params=own, masks=jax.tree.map(jnp.array, state.masks))
+            compiled.clear()  # `jnp.array` is such a program
+        if dst.due(parts.method, i):
+            state, _ = rewire(state, batch(i))
+            if i == 2:
+                assert compiled
+                compiled.clear()
+        state, metrics = update(state, batch(i))
+        if i == 0:
+            assert compiled
+            compiled.clear()
+        assert not compiled
+    assert np.isfinite(metrics["loss"])
+    chex.assert_trees_all_equal(own, before)
+
+
+def test_pruned_and_rewound_states_compile_update_once(compiled):
+    """What `prune_at_init` and `lottery.ticket` return, whose masks are NumPy's."""
+    parts = setup("snip")
+    masks = {path: np.ones(mask.shape, bool) for path, mask in parts.state.masks.items()}
+    lottery = dst.method("lottery", 0.8)
+    for state in (
+        dst.prune_at_init(parts.net, parts.tx, parts.method, loss, parts.state, [batch(0)]),
+        dst.lottery.ticket(parts.net, parts.tx, lottery, jax.random.key(0), masks),
+    ):
+        update = dst.make_update(parts.net, parts.tx, loss)
+        for i in range(3):
+            state, _ = update(state, batch(i))
+            if i == 0:
+                assert compiled
+                compiled.clear()
+        assert not compiled
 
 
 def test_nan_is_reported_and_the_input_state_unchanged():
@@ -198,3 +254,25 @@ def test_infinite_gradient_of_a_finite_loss_is_reported():
     )
     _, metrics = update(state, jnp.ones((1, 3)))
     assert float(metrics["loss"]) == 0 and not bool(metrics["finite"])
+
+
+class Dropped(nn.Module):
+    """A Dense layer of what dropout leaves."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=False)(x))
+
+
+def test_every_call_of_the_model_has_its_own_dropout():
+    """As a loss needs that compares two of them; the same step gives the same again."""
+
+    def apart(apply, x):
+        first, second = apply(x), apply(x)
+        return first.mean(), {"apart": jnp.abs(first - second).max()}
+
+    net = dst.network(Dropped(), jnp.ones((1, 8)))
+    state = dst.init_state(net, SGD, dst.method("random", 0.5), jax.random.key(0))
+    update = dst.make_update(net, SGD, apart, devices=one())
+    found = [float(update(state, jnp.ones((4, 8)))[1]["apart"]) for _ in range(2)]
+    assert found[0] == found[1] > 0

@@ -6,11 +6,13 @@
 #include <limits>
 #include <vector>
 
+#include "hashing.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
+using Unsigned = ffi::Buffer<ffi::U32>;
 using Flags = ffi::Buffer<ffi::PRED>;
 using FloatResult = ffi::ResultBuffer<ffi::F32>;
 using IntResult = ffi::ResultBuffer<ffi::S32>;
@@ -61,10 +63,21 @@ void each_distinct(Candidates a, Candidates b, const F& f) {
   }
 }
 
+bool rows_exist(Candidates list, int64_t rows) {
+  for (; !list.end(); list.next()) {
+    if (list.row() < 0 || list.row() >= rows) return false;
+  }
+  return true;
+}
+
 ffi::Error best(Ints row, Ints column, Floats score, Ints new_row, Ints new_column,
-                Floats new_score, Ints k, IntResult best_row, IntResult best_column,
+                Floats new_score, Ints k, Unsigned salt, IntResult best_row, IntResult best_column,
                 FloatResult best_score) {
   const Candidates a(row, column, score), b(new_row, new_column, new_score);
+  if (!rows_exist(a, salt.element_count()) || !rows_exist(b, salt.element_count())) {
+    return ffi::Error::InvalidArgument("dst_best: every candidate's row has a salt.");
+  }
+  const uint32_t* salts = salt.typed_data();
   const int64_t P = best_score->element_count();
   std::vector<float> scores;
   scores.reserve(score.element_count() + new_score.element_count());
@@ -73,18 +86,34 @@ ffi::Error best(Ints row, Ints column, Floats score, Ints new_row, Ints new_colu
   const int64_t asked = std::clamp<int64_t>(k.typed_data()[0], 0, P);
   const int64_t kept = std::min<int64_t>(asked, scores.size());
   float cut = std::numeric_limits<float>::infinity();
-  int64_t at_the_cut = 0;  // how many of those that score `cut` are kept
+  int64_t at_the_cut = 0;  // how many of those that score `cut` are kept: the lowest hashes
   if (kept > 0) {
     std::nth_element(scores.begin(), scores.begin() + kept - 1, scores.end(), std::greater<>());
     cut = scores[kept - 1];
     at_the_cut = kept - std::count_if(scores.begin(), scores.begin() + kept,
                                       [&](float s) { return s > cut; });
   }
+  std::vector<uint32_t> hashes;
+  each_distinct(a, b, [&](int32_t r, int32_t c, float s) {
+    if (s == cut) hashes.push_back(hashed(salts[r], c));
+  });
+  uint32_t highest = 0;  // hash that is kept, and how many of those that have it
+  int64_t of_the_highest = 0;
+  if (at_the_cut > 0) {
+    std::nth_element(hashes.begin(), hashes.begin() + at_the_cut - 1, hashes.end());
+    highest = hashes[at_the_cut - 1];
+    of_the_highest = at_the_cut - std::count_if(hashes.begin(), hashes.begin() + at_the_cut,
+                                                [&](uint32_t h) { return h < highest; });
+  }
   int32_t *rows = best_row->typed_data(), *columns = best_column->typed_data();
   float* out = best_score->typed_data();
   int64_t n = 0;
   each_distinct(a, b, [&](int32_t r, int32_t c, float s) {
-    if (s < cut || (s == cut && at_the_cut-- <= 0)) return;
+    if (s < cut) return;
+    if (s == cut) {
+      const uint32_t hash = hashed(salts[r], c);
+      if (hash > highest || (hash == highest && of_the_highest-- <= 0)) return;
+    }
     rows[n] = r;
     columns[n] = c;
     out[n++] = s;
@@ -166,6 +195,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstBest, dst::best,
                                   .Arg<Ints>()
                                   .Arg<Floats>()
                                   .Arg<Ints>()
+                                  .Arg<Unsigned>()
                                   .Ret<Ints>()
                                   .Ret<Ints>()
                                   .Ret<Floats>());

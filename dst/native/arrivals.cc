@@ -1,0 +1,160 @@
+// Arrivals of a bucket as XLA custom calls: units drawn by their shares, pairs sorted, repeats
+// counted; and whether sorted pairs exist. What dst/arrivals.py and dst/select.py say in pure JAX.
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "hashing.h"
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+using Ints = ffi::Buffer<ffi::S32>;
+using Unsigned = ffi::Buffer<ffi::U32>;
+using IntResult = ffi::ResultBuffer<ffi::S32>;
+using UnsignedResult = ffi::ResultBuffer<ffi::U32>;
+using FlagResult = ffi::ResultBuffer<ffi::PRED>;
+
+namespace dst {
+namespace {
+
+constexpr int64_t kPiece = 1 << 13;  // pairs of a thread's part
+constexpr uint32_t kGolden = 0x9E3779B9u;
+constexpr int64_t kMostTimes = 256;
+
+// Units begin .. end - 1 with cumulative shares, and what one of 2^32 random numbers falls on.
+class Units {
+ public:
+  Units(const Unsigned& cumulative, int64_t begin, int64_t end)
+      : cumulative_(cumulative.typed_data()), begin_(begin), count_(end - begin),
+        low_(begin > 0 ? cumulative_[begin - 1] : 0), span_((end > 0 ? cumulative_[end - 1] : 0) - low_) {}
+
+  int64_t at(uint32_t random) const {
+    const uint32_t u = low_ + uint32_t(uint64_t(random) * span_ >> 32);
+    const uint32_t* base = cumulative_ + begin_;  // the first that is greater than u
+    for (int64_t n = count_; n > 1;) {
+      const int64_t half = n / 2;
+      base += base[half - 1] <= u ? half : 0;
+      n -= half;
+    }
+    return base - cumulative_;
+  }
+
+ private:
+  const uint32_t* cumulative_;
+  int64_t begin_, count_;
+  uint32_t low_, span_;
+};
+
+// Sorts by three digits of 11 bits; `other` is as large as `numbers`.
+void radix_sort(std::vector<uint32_t>& numbers, std::vector<uint32_t>& other) {
+  for (const int shift : {0, 11, 22}) {
+    std::array<int64_t, 2049> start{};
+    for (const uint32_t x : numbers) start[(x >> shift & 2047) + 1]++;
+    for (int d = 0; d < 2048; d++) start[d + 1] += start[d];
+    for (const uint32_t x : numbers) other[start[x >> shift & 2047]++] = x;
+    numbers.swap(other);
+  }
+}
+
+ffi::Error arrivals(ffi::ThreadPool pool, Unsigned random, Ints count, Ints bounds, Unsigned f,
+                    Unsigned g, Unsigned salt, IntResult column, IntResult output,
+                    UnsignedResult time, FlagResult valid, int64_t block) {
+  const int64_t chunk = column->element_count();
+  const int64_t n_in = f.element_count(), n_out = g.element_count();
+  if (int64_t(random.element_count()) != 2 * chunk || bounds.element_count() != 4 || block < 1) {
+    return ffi::Error::InvalidArgument("dst_arrivals: two random numbers a pair, four bounds.");
+  }
+  const int32_t* at = bounds.typed_data();
+  const int64_t b = at[0], b_end = at[1], a = at[2], a_end = at[3];
+  if (b < 0 || b >= b_end || b_end > n_out || a < 0 || a >= a_end || a_end > n_in ||
+      int64_t(salt.element_count()) != n_out) {
+    return ffi::Error::InvalidArgument("dst_arrivals: the bucket must lie inside the layer.");
+  }
+  const int64_t n = std::clamp<int64_t>(count.typed_data()[0], 0, chunk);
+  const Units outputs(g, b, b_end), columns(f, a, a_end);
+  const uint32_t *first = random.typed_data(), *second = first + chunk;
+  const uint32_t rows = b_end - b, width = block;
+  std::vector<uint32_t> numbers(n), other(n);
+  const int64_t parts = (n + kPiece - 1) / kPiece;
+  parallel_for(pool, parts, pool.num_threads(), [&](int64_t part) {
+    for (int64_t p = part * kPiece; p < std::min(n, (part + 1) * kPiece); p++) {
+      const uint32_t o = outputs.at(first[p]) - b, i = columns.at(second[p]);
+      numbers[p] = (i / width * rows + o) * width + i % width;
+    }
+  });
+  radix_sort(numbers, other);
+  int32_t *columns_out = column->typed_data(), *outputs_out = output->typed_data();
+  uint32_t* times = time->typed_data();
+  bool* valid_out = valid->typed_data();
+  const uint32_t* salts = salt.typed_data();
+  int64_t m = 0;  // distinct pairs so far
+  for (int64_t p = 0; p < n; m++) {
+    const uint32_t number = numbers[p];
+    const int64_t begin = p;
+    while (p < n && numbers[p] == number) p++;
+    const uint32_t row = number / width;
+    const int32_t i = row / rows * width + number % width, o = b + row % rows;
+    const uint32_t hash = hashed(salts[o], i);
+    uint32_t least = hash;
+    for (int64_t j = 1; j < std::min(p - begin, kMostTimes); j++) {
+      least = std::min(least, mix(hash + uint32_t(j) * kGolden));
+    }
+    columns_out[m] = i;
+    outputs_out[m] = o;
+    times[m] = least;
+    valid_out[m] = true;
+  }
+  std::fill(columns_out + m, columns_out + chunk, int32_t(a));
+  std::fill(outputs_out + m, outputs_out + chunk, int32_t(b));
+  std::fill(times + m, times + chunk, 0u);
+  std::fill(valid_out + m, valid_out + chunk, false);
+  return ffi::Error::Success();
+}
+
+ffi::Error exists(ffi::ThreadPool pool, Ints column, Ints pointer, Ints row, Ints wanted,
+                  FlagResult found) {
+  const int64_t n = found->element_count(), K = column.element_count();
+  const int64_t rows = int64_t(pointer.element_count()) - 1;
+  if (int64_t(row.element_count()) != n || int64_t(wanted.element_count()) != n || rows < 0 ||
+      pointer.typed_data()[0] < 0 || pointer.typed_data()[rows] > K) {
+    return ffi::Error::InvalidArgument("dst_exists: a row and a column of an arena for each pair.");
+  }
+  const int32_t *c = column.typed_data(), *start = pointer.typed_data();
+  const int32_t *r = row.typed_data(), *w = wanted.typed_data();
+  bool* out = found->typed_data();
+  parallel_for(pool, (n + kPiece - 1) / kPiece, pool.num_threads(), [&](int64_t part) {
+    for (int64_t p = part * kPiece; p < std::min(n, (part + 1) * kPiece); p++) {
+      const bool inside = r[p] >= 0 && r[p] < rows;
+      out[p] = inside && std::binary_search(c + start[r[p]], c + start[r[p] + 1], w[p]);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace dst
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DstArrivals, dst::arrivals,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Unsigned>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Unsigned>()
+                                  .Arg<Unsigned>()
+                                  .Arg<Unsigned>()
+                                  .Ret<Ints>()
+                                  .Ret<Ints>()
+                                  .Ret<Unsigned>()
+                                  .Ret<ffi::Buffer<ffi::PRED>>()
+                                  .Attr<int64_t>("block"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DstExists, dst::exists,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Ret<ffi::Buffer<ffi::PRED>>());
