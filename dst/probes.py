@@ -269,7 +269,10 @@ def observe_and_sum(
         path: {str(n): jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), s) for n, s in each}
         for path, each in ((path, list(enumerate(shapes))) for path, shapes in calls.items())
     }
-    sums = {p: {"f": jnp.zeros(l.n_in), "g": jnp.zeros(l.n_out)} for p, l in summed.items()}
+    sums = {
+        path: {"f": jnp.zeros(layer.n_in, jnp.float32), "g": jnp.zeros(layer.n_out, jnp.float32)}
+        for path, layer in summed.items()
+    }
 
     def probed(probes):
         with intercepted({**held, **summed}, tap):
