@@ -58,6 +58,10 @@ class Part(NamedTuple):
         """The row after its last."""
         return self.first + self.rows
 
+    def row(self, column: Any, output: Any) -> Any:
+        """The row, within the layer, of a connection."""
+        return column // self.block * self.n_out + output
+
 
 class Arena(struct.PyTreeNode):
     """Which connections exist: the structure of the CSR, sorted by (row, column)."""
@@ -127,7 +131,7 @@ def fill(parts: tuple[Part, ...], layers: Any) -> tuple[Arena, np.ndarray]:
 def place(part: Part, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Row within the layer and column of flat kernel positions: int64 (M,) -> (M,), (M,)."""
     column, output = np.divmod(positions, part.n_out)
-    return column // part.block * part.n_out + output, column
+    return part.row(column, output), column
 
 
 def positions(arena: Arena, part: Part) -> tuple[slice, np.ndarray]:

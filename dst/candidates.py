@@ -16,14 +16,13 @@ import numpy as np
 from jax import lax
 
 from dst.arena import Part
-from dst.arrivals import Pairs
 from dst.hashing import hashes_at, hashes_of_layer
 from dst.heuristics import HEURISTICS, ON_HOST
 from dst.methods import Method
 from dst.network import Network
 from dst.plan import asked, plan
 from dst.probes import gradient_on
-from dst.sample import Sampling, alike, fold_by_chance, fold_subset, sampling
+from dst.sample import Sampling, alike, fold_by_chance, held, hold_subset, sampling
 from dst.state import SparseState, active_counts, join, kernels_of
 from dst.stream import streamed_choice
 from dst.update import (
@@ -132,21 +131,12 @@ def drawing(net: Network, method: Method) -> Callable:
 
 
 def _drawn(how: Sampling, l: int, part: Part, given: tuple) -> tuple[Array, Array]:
-    """S_l, held whole: flat positions int32 (size,), and which of them count."""
+    """S_l, and which of it count."""
     key, f, g, mask, asked, active = given
-    taken, size = mask.ravel(), how.sizes[l]
+    taken = mask.ravel()
     there = lambda column, output: taken[column * part.n_out + output]  # noqa: E731
-    empty = jnp.zeros(size, jnp.int32), jnp.int32(0)
-    hold = functools.partial(_held, lambda pairs: pairs.column * part.n_out + pairs.output)
-    (S, count), _ = fold_subset(how, l, part, key, (f, g), asked, active, there, hold, empty)
-    return S, jnp.arange(size) < count
-
-
-def _held(position: Callable, carry: tuple[Array, Array], pairs: Pairs, chosen: Array):
-    """What was found so far, with these behind it."""
-    S, count = carry
-    to = jnp.where(chosen, count + jnp.cumsum(chosen, dtype=jnp.int32) - 1, S.size)
-    return S.at[to].set(position(pairs), mode="drop"), count + chosen.sum(dtype=jnp.int32)
+    S, count = hold_subset(how, l, part, key, (f, g), asked, active, there)
+    return S, jnp.arange(S.size) < count
 
 
 def chance_subset(net: Network, method: Method) -> Callable[..., Candidates]:
@@ -172,7 +162,7 @@ def chance_subset(net: Network, method: Method) -> Callable[..., Candidates]:
             wanted,
             A.sum(dtype=jnp.int32),
             lambda *pair: A[at(*pair)],
-            functools.partial(_held, lambda pairs: at(pairs.l, pairs.column, pairs.output)),
+            functools.partial(held, lambda pairs: at(pairs.l, pairs.column, pairs.output)),
             (jnp.zeros(most, jnp.int32), jnp.int32(0)),
         )
         chance = as_chance(hashes_at(net, stream(state, CHANCE_STREAM), S))

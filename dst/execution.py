@@ -19,7 +19,19 @@ from flax.core import tracers
 from dst.arena import VALUES, Arena, Connections, Part
 from dst.convolution import convolve, faster
 from dst.network import Network, is_foreign, is_layer, layer_path, skipped
-from dst.products import add_bias, expand, frozen_product, product
+from dst.normalization import batch_norm, fits
+from dst.products import (
+    add_bias,
+    add_channel_bias,
+    compiled,
+    convolution,
+    covered,
+    expand,
+    frozen_convolution,
+    frozen_product,
+    product,
+    tier,
+)
 from dst.sown import without
 
 Array = jax.Array
@@ -77,12 +89,17 @@ def part_of(module: nn.Module, parts: Mapping[str, Part]) -> Part | None:
 def sparse_layers(arena: Arena, values: Array, frozen: bool) -> Callable:
     """Interceptor: y = W h + b of the sparse layers, from the arena."""
     parts = {part.layer.path: part for part in arena.parts}
+    maps = any(part.layer.kind == "conv" for part in arena.parts)
     passed, outside = [values], tracers.current_trace()
 
     def interceptor(next_fun, args, kwargs, context):
         module = context.module
         part = part_of(module, parts) if context.method_name == "__call__" else None
         if part is None:
+            if context.method_name == "__call__" and isinstance(module, nn.BatchNorm):
+                x, others = (args[0], args[1:]) if args else (kwargs["x"], ())
+                if maps and compiled(values) and fits(module, x, others, kwargs):
+                    return batch_norm(module, x)
             return next_fun(*args, **kwargs)
         bias = module.get_variable("params", "bias") if module.use_bias else None
         h, _, bias = module.promote_dtype(
@@ -125,17 +142,53 @@ def linear(
         if bias is not None:
             y = add_bias(y, bias.astype(y.dtype))
         return y.T.reshape(*h.shape[:-1], part.n_out).astype(h.dtype), values
+    images = h.reshape(-1, *h.shape[-3:])
+    if covered(part.layer, values, h):
+        if frozen:
+            y = frozen_convolution(part, values, arena, images)
+        else:
+            y, values = convolution(part, values, arena, images)
+        if bias is not None:
+            y = add_channel_bias(y, bias)
+    else:
+        y, values = _expanded(part, values, arena, images, frozen)
+        if bias is not None:
+            y += bias.reshape(1, 1, 1, -1)
+    return y.reshape(*h.shape[:-3], *y.shape[1:]), values
+
+
+def _expanded(part: Part, values: Array, arena: Arena, images: Array, frozen: bool):
+    """The convolution by its dense kernel, and `values`."""
     kernel, values = expand(part, values, arena)
     if frozen:
         kernel = jax.lax.stop_gradient(kernel)
-    images, kernel = h.reshape(-1, *h.shape[-3:]), kernel.astype(h.dtype)
+    kernel = kernel.astype(images.dtype)
     if jax.default_backend() == "cpu":
-        y = convolve(part.layer, images, kernel)
-    else:
-        y = part.layer.convolve(images, kernel)
-    if bias is not None:
-        y += bias.reshape(1, 1, 1, -1)
-    return y.reshape(*h.shape[:-3], *y.shape[1:]), values
+        return convolve(part.layer, images, kernel), values
+    return part.layer.convolve(images, kernel), values
+
+
+def described(net: Network) -> str:
+    """How the layers of a sparse network run here, in words, for the log."""
+    expanded: dict[str, bool] = {}  # of the convolutions, by path
+
+    def record(next_fun, args, kwargs, context):
+        module = context.module
+        layer = net.layers.get(layer_path(module)) if is_layer(module) else None
+        if context.method_name != "__call__" or layer is None:
+            return next_fun(*args, **kwargs)
+        h = args[0] if args else kwargs["inputs"]
+        y = skipped(layer, module, h)
+        if layer.kind == "conv":
+            x = jax.ShapeDtypeStruct(jnp.shape(h), y.dtype)
+            expanded[layer.path] = not covered(layer, jax.ShapeDtypeStruct((), jnp.float32), x)
+        return y
+
+    with nn.intercept_methods(record), jax.disable_jit():
+        jax.eval_shape(lambda *a: net.model.init(jax.random.key(0), *a, **net.kwargs), *net.args)
+    if not any(expanded.values()):
+        return tier()
+    return f"{tier()}; {sum(expanded.values())} of {len(expanded)} convolutions are expanded"
 
 
 def init_rest(net: Network, key: Array) -> dict[str, Any]:

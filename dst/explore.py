@@ -23,11 +23,11 @@ from dst.hashing import hashed
 from dst.heuristics import HEURISTICS, OBSERVED, ON_HOST
 from dst.methods import Method
 from dst.moments import recognise
-from dst.network import Network
+from dst.network import Layer, Network
 from dst.plan import Plan, asked, floors, plan
-from dst.probes import gradient_at, observe
+from dst.probes import gradient_at, gradient_on, observe_and_sum
 from dst.products import compiled
-from dst.sample import Sampling, alike, fold_by_chance, fold_subset, sampling
+from dst.sample import Sampling, alike, fold_by_chance, fold_subset, hold_subset, sampling
 from dst.select import (
     Found,
     best,
@@ -74,14 +74,14 @@ def sparse_rewire_body(
     P_t, keep = planned.grown, floors(net, method)
     look = observer(net, method, loss)
     by_score = explorer if method.heuristic else by_chance
-    explore = (streamer if all_scored else by_score)(net, method, planned)
+    explore = (streamer if all_scored else by_score)(net, method, planned, loss)
 
     def body(state: SparseState, batch: Any, fg: Any):
         event = planned.event(state.step)
         P = jnp.asarray(P_t)[event]
         salt = row_salts(state.masks, stream(state, TIE_STREAM))
         seen, fg = look(state, batch, fg)
-        tally = explore(state, seen, fg, event, salt)
+        tally = explore(state, batch, seen, fg, event, salt)
         # With fewer candidates than |P_t| fewer are dropped, never more than can grow.
         k = (tally.found.score >= 0).sum(dtype=jnp.int32)
         arena, weights = state.masks, jnp.abs(state.params[VALUES]["kernel"])
@@ -102,28 +102,41 @@ def sparse_rewire_body(
     return body
 
 
+def twice(net: Network, method: Method) -> dict[str, Layer]:
+    """Layers whose gradient on S takes a second pass, for their h and delta are too large to hold.
+
+    Those are maps; GraEst and a streamed RigL have to hold all the same.
+    """
+    if not method.heuristic or method.heuristic == "graest":
+        return {}
+    return {path: layer for path, layer in net.layers.items() if layer.kind == "conv"}
+
+
 def observer(net: Network, method: Method, loss: Loss) -> Callable:
     """look(state, batch, f x g) -> {path: (h, delta)}, {path: (f, g)}: one pass, none for SET."""
     scored = method.heuristic or method.score == "dense gradient"
     measure = HEURISTICS[method.heuristic or "uniform"](net, loss)
+    later = twice(net, method)
+    held = {path: layer for path, layer in net.layers.items() if scored and path not in later}
+    summed = later if method.heuristic == "grabo" else {}
 
     def look(state: SparseState, batch: Any, fg: Any):
         value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
-        seen = observe(net.layers, value) if scored else {}
+        seen, sums = observe_and_sum(held, summed, value) if held or summed else ({}, {})
         if method.heuristic in OBSERVED:
-            fg = OBSERVED[method.heuristic](net, state, seen)
+            fg = {**OBSERVED[method.heuristic](net, state, seen), **lax.psum(sums, AXIS)}
         elif method.heuristic not in ON_HOST:
             fg = measure(state, batch)
-        return seen, fg
+        return seen, {path: fg[path] for path in net.layers} if fg else fg
 
     return look
 
 
 # ------------------------------------------------------------- every inactive connection, or S
-def streamer(net: Network, method: Method, planned: Plan) -> Callable:
-    """explore(state, seen, fg, event, salt) -> Tally: RigL's choice, the best of all inactive."""
+def streamer(net: Network, method: Method, planned: Plan, loss: Loss) -> Callable:
+    """explore(state, batch, seen, fg, event, salt) -> Tally: RigL's choice, of all inactive."""
 
-    def explore(state: SparseState, seen, fg, event: Array, salt: Array) -> Tally:
+    def explore(state: SparseState, batch: Any, seen, fg, event: Array, salt: Array) -> Tally:
         values, P = state.params[VALUES]["kernel"], jnp.asarray(planned.grown)[event]
         empty = nothing(int(planned.grown.max()), values.dtype)
         found, finite = strongest_missing(state.masks, seen, empty, P, salt)
@@ -133,21 +146,68 @@ def streamer(net: Network, method: Method, planned: Plan) -> Callable:
     return explore
 
 
-def explorer(net: Network, method: Method, planned: Plan) -> Callable:
-    """explore(state, seen, fg, event, salt) -> Tally: the best |P| of S, which is never held."""
-    how = sampling(net, method, planned)
+def explorer(net: Network, method: Method, planned: Plan, loss: Loss) -> Callable:
+    """explore(state, batch, seen, fg, event, salt) -> Tally: the best |P| of S.
 
-    def explore(state: SparseState, seen, fg, event: Array, salt: Array) -> Tally:
+    Of maps S is held for a second pass, else never.
+    """
+    how, later = sampling(net, method, planned), twice(net, method)
+
+    def explore(state: SparseState, batch: Any, seen, fg, event: Array, salt: Array) -> Tally:
         arena, P = state.masks, jnp.asarray(planned.grown)[event]
         wanted = asked(method, jnp.asarray(planned.subset)[event], arena.counts())
         empty = nothing(int(planned.grown.max()), state.params[VALUES]["kernel"].dtype)
         tally = Tally(empty, wanted.sum(), jnp.int32(0), jnp.bool_(True))
+        S: dict[str, tuple[Array, Array]] = {}
         for group in alike(arena.parts):
-            one = searching(state, how, group, seen, fg, wanted, P, salt)
-            tally = lax.fori_loop(0, len(group), one, tally)
+            if arena.parts[group[0]].layer.path in later:
+                S |= holding(state, how, group, fg, wanted)
+            else:
+                one = searching(state, how, group, seen, fg, wanted, P, salt)
+                tally = lax.fori_loop(0, len(group), one, tally)
+        if not S:
+            return tally
+        value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
+        G = lax.pmean(gradient_on(later, value, {path: s for path, (s, _) in S.items()}), AXIS)
+        for part in arena.parts:
+            if part.layer.path in later:
+                tally = ranked(part, *S[part.layer.path], G[part.layer.path], tally, P, salt)
         return tally
 
     return explore
+
+
+def holding(
+    state: SparseState, how: Sampling, group: list[int], fg, wanted: Array
+) -> dict[str, tuple[Array, Array]]:
+    """S_l of each layer of the group, and its size: {path: (flat positions (size,), int32 ())}."""
+    arena, key = state.masks, stream(state, REWIRE_STREAM)
+    parts = [arena.parts[l] for l in group]
+    part, paths = parts[0], [part.layer.path for part in parts]
+    index, firsts = jnp.array(group), jnp.array([p.first for p in parts], jnp.int32)
+
+    def member(given: tuple) -> tuple[Array, Array]:
+        l, first, f, g = given
+        there = lambda column, output: exists(  # noqa: E731
+            arena, part.block, part.row(column, output) + first, column
+        )
+        own, active = jax.random.fold_in(key, l), arena.counts()[l]
+        return hold_subset(how, group[0], part, own, (f, g), wanted[l], active, there)
+
+    f, g = (jnp.stack([fg[path][n] for path in paths]) for n in (0, 1))
+    S, count = lax.map(member, (index, firsts, f, g))
+    return {path: (S[m], count[m]) for m, path in enumerate(paths)}
+
+
+def ranked(part: Part, S: Array, count: Array, G: Array, tally: Tally, P: Array, salt: Array):
+    """The tally with the best of a layer's S, whose gradient is G."""
+    column, output = jnp.divmod(S, part.n_out)
+    score = jnp.abs(G).astype(tally.found.score.dtype)
+    score = jnp.where(jnp.arange(S.size) < count, score, -1)
+    new = Found(part.row(column, output) + part.first, column, score)
+    finite = tally.finite & jnp.isfinite(score).all()
+    found = best(tally.found, new, P, salt)
+    return Tally(found, tally.asked, tally.realised + count, finite)
 
 
 def searching(
@@ -164,17 +224,15 @@ def searching(
     def member(m: Array, tally: Tally) -> Tally:
         l, first = index[m], firsts[m]
 
-        def row(column: Array, output: Array) -> Array:
-            return first + column // part.block * part.n_out + output
-
         def there(column: Array, output: Array) -> Array:
-            return exists(arena, part.block, row(column, output), column)
+            return exists(arena, part.block, part.row(column, output) + first, column)
 
         def visit(carry: tuple[Found, Array], pairs: Pairs, chosen: Array):
             found, finite = carry
             score = lax.switch(m, scores, pairs.column, pairs.output).astype(found.score.dtype)
             score = jnp.where(chosen, score, -1)
-            new = Found(row(pairs.column, pairs.output), pairs.column, score)
+            rows = part.row(pairs.column, pairs.output) + first
+            new = Found(rows, pairs.column, score)
             return best(found, new, P, salt), finite & jnp.isfinite(score).all()
 
         (found, finite), count = fold_subset(
@@ -194,11 +252,11 @@ def searching(
     return member
 
 
-def by_chance(net: Network, method: Method, planned: Plan) -> Callable:
-    """explore(state, seen, fg, event, salt) -> Tally: SET's |P| of all inactive, by chance."""
+def by_chance(net: Network, method: Method, planned: Plan, loss: Loss) -> Callable:
+    """explore(state, batch, seen, fg, event, salt) -> Tally: SET's |P|, by chance."""
     how, most = sampling(net, method, planned), max(1, int(planned.grown.max()))
 
-    def explore(state: SparseState, seen, fg, event: Array, salt: Array) -> Tally:
+    def explore(state: SparseState, batch: Any, seen, fg, event: Array, salt: Array) -> Tally:
         arena, P = state.masks, jnp.asarray(planned.grown)[event]
         first, block, n_out = (
             jnp.array(a, jnp.int32)

@@ -6,6 +6,9 @@ there are none, `why_not` says so in a sentence, and `dst.products` has the same
 A layer's connections are `values` f32 (K,) and `column` int32 (K,) of the arena, and its slice
 `pointer` int32 (blocks n_out + 1,) of offsets into them: virtual row b n_out + o holds those of
 output o from the inputs of block b. Activations are feature-major float32, (units, B).
+
+A convolution's maps are (N, H, W, C), in memory (H, W, C, N): XLA is asked for that layout, and
+computes elementwise operations between two convolutions in it without a copy.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dst.native.library import interface, library, source_hash
+from dst.network import Layer
 
 Array = jax.Array
 
@@ -29,12 +33,18 @@ HANDLERS = {
     "dst_multiply": "DstMultiply",
     "dst_backward": "DstBackward",
     "dst_gradient_on": "DstGradientOn",
+    "dst_convolve": "DstConvolve",
+    "dst_convolve_backward": "DstConvolveBackward",
+    "dst_convolve_gradient_on": "DstConvolveGradientOn",
+    "dst_channel_sums": "DstChannelSums",
     "dst_best": "DstBest",
     "dst_exchange": "DstExchange",
     "dst_move": "DstMove",
     "dst_arrivals": "DstArrivals",
     "dst_exists": "DstExists",
 }
+MOST_TAPS = 11  # along one side of a convolution's kernel
+MAP = (1, 2, 3, 0)  # (N, H, W, C) with the batch innermost in memory
 THREADS = 0  # those of XLA's pool, if the work is worth it; tests ask for a number
 
 
@@ -105,6 +115,84 @@ def gradient_on(i: Array, o: Array, x: Array, delta: Array) -> Array:
     """
     call = _kernel("dst_gradient_on", jax.ShapeDtypeStruct(i.shape, jnp.float32))
     return call(i, o, x, delta, threads=np.int64(THREADS))
+
+
+# -------------------------------------------------------------------------------- the convolutions
+def convolve(values: Array, column: Array, pointer: Array, x: Array, layer: Layer) -> Array:
+    """y = W * x: x (N, H, W, n_in) -> (N, H', W', n_out); pointer (n_out + 1,)."""
+    n = x.shape[0]
+    rows, columns = output_sides(layer, x.shape[1:3])
+    y = jax.ShapeDtypeStruct((n, rows, columns, layer.n_out), jnp.float32)
+    layouts: dict = {"input_layouts": [None, None, None, MAP], "output_layouts": MAP}
+    return _kernel("dst_convolve", y, **layouts)(values, column, pointer, x, **_taps(layer, x))
+
+
+def convolve_backward(
+    values: Array,
+    column: Array,
+    pointer: Array,
+    x: Array,
+    delta: Array,
+    gradient: Array,
+    layer: Layer,
+) -> tuple[Array, Array]:
+    """dx, and dL/dw added to the layer's range of `gradient`, in place if XLA can give it away.
+
+    Shapes: x (N, H, W, n_in), delta (N, H', W', n_out), gradient (K,) -> dx as x, gradient (K,). A
+    gradient of no entries is not computed.
+    """
+    call = _kernel(
+        "dst_convolve_backward",
+        (_like(x), _like(gradient)),
+        input_layouts=[None, None, None, MAP, MAP, None],
+        output_layouts=[MAP, None],
+        input_output_aliases={5: 1},
+    )
+    dx, gradient = call(values, column, pointer, x, delta, gradient, **_taps(layer, x))
+    return dx, gradient
+
+
+def convolve_gradient_on(column: Array, output: Array, x: Array, delta: Array, layer: Layer):
+    """dL/dw on pairs (column, output), both int32 (n,): float32 (n,); 0 where one is negative.
+
+    Shapes: x (N, H, W, n_in), delta (N, H', W', n_out); column is (kx, ky, i) flattened.
+    """
+    call = _kernel(
+        "dst_convolve_gradient_on",
+        jax.ShapeDtypeStruct(column.shape, jnp.float32),
+        input_layouts=[None, None, MAP, MAP],
+    )
+    return call(column, output, x, delta, **_taps(layer, x))
+
+
+def moments(x: Array) -> tuple[Array, Array]:
+    """Mean and variance of each channel, summed in double: (N, H, W, C) -> (C,), (C,)."""
+    mean, variance = _channel_sums(x, x, True)
+    return mean, variance
+
+
+def channel_sums(a: Array, b: Array) -> tuple[Array, Array]:
+    """Sums of a and of a b of each channel, in double: (N, H, W, C) twice -> (C,), (C,)."""
+    one, two = _channel_sums(a, b, False)
+    return one, two
+
+
+def _channel_sums(a: Array, b: Array, moments: bool) -> Array:
+    sums = jax.ShapeDtypeStruct((2, a.shape[3]), jnp.float32)
+    call = _kernel("dst_channel_sums", sums, input_layouts=[MAP, MAP])
+    return call(a, b, moments=moments, threads=np.int64(THREADS))
+
+
+def output_sides(layer: Layer, sides: tuple[int, ...]) -> list[int]:
+    """H', W' of a convolution on maps of H, W."""
+    sizes = zip(layer.shape, layer.strides, layer.dilation, layer.pads(sides), sides, strict=False)
+    return [(n + sum(pad) - (k - 1) * d - 1) // s + 1 for k, s, d, pad, n in sizes]
+
+
+def _taps(layer: Layer, x: Array) -> dict[str, Any]:
+    (top, _), (left, _) = layer.pads(x.shape[1:3])
+    taps = np.array([*layer.shape[:2], *layer.strides, top, left, *layer.dilation], np.int64)
+    return {"taps": taps, "threads": np.int64(THREADS)}
 
 
 # ------------------------------------------------------------------------------------ the rewire

@@ -23,8 +23,10 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
+from dst import kernels
 from dst.config import ConfigError
 from dst.network import Layer, is_foreign, is_layer, layer_path, skipped
+from dst.products import covered
 
 Array = jax.Array
 Tree = Mapping[str, Any]
@@ -38,23 +40,30 @@ MARK = "called"  # the probe that tells a layer of the model from others of the 
 OBSERVED = itertools.count()
 
 
-@jax.custom_vjp
-def tap_sums(h: Array, y: Array, f: Array, g: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tap_sums(total: Callable, h: Array, y: Array, f: Array, g: Array) -> Array:
     """y, unchanged; cotangents of f (n_in,) and g (n_out,) are sums of |h| and |delta| (Eq. 7)."""
     return y
 
 
-def _abs_sum(x: Array, dtype: Any) -> Array:
+def total_of(x: Array, dtype: Any) -> Array:
+    """The sum of |x| of each unit: (..., n) -> (n,)."""
     return jnp.sum(jnp.abs(x), axis=tuple(range(x.ndim - 1)), dtype=dtype)
 
 
-def _sums_forward(h, y, f, g):
-    return y, (_abs_sum(h, f.dtype), jnp.zeros_like(g))
+def total_of_maps(x: Array, dtype: Any) -> Array:
+    """`total_of` of maps that lie in memory as the kernels have them: XLA would transpose them."""
+    magnitude = jnp.abs(x.reshape(-1, *x.shape[-3:]))
+    return kernels.channel_sums(magnitude, magnitude)[0].astype(dtype)
 
 
-def _sums_backward(residual, delta):
+def _sums_forward(total, h, y, f, g):
+    return y, (total(h, f.dtype), jnp.zeros_like(g))
+
+
+def _sums_backward(total, residual, delta):
     f, g = residual
-    return None, delta, f, _abs_sum(delta, g.dtype)
+    return None, delta, f, total(delta, g.dtype)
 
 
 tap_sums.defvjp(_sums_forward, _sums_backward)
@@ -73,6 +82,9 @@ def _subset_forward(layer, h, y, c, subset):
 def _subset_backward(layer, residual, delta):
     h, subset = residual
     column, output = jnp.divmod(subset, layer.n_out)
+    if layer.kind == "conv" and covered(layer, delta, h):
+        x, d = (a.reshape(-1, *a.shape[-3:]) for a in (h, delta))
+        return None, delta, kernels.convolve_gradient_on(column, output, x, d, layer), None
     gradient = gradient_at(layer, *by_unit(layer, h, delta), column, output)
     return None, delta, gradient.astype(jnp.float32), None
 
@@ -171,7 +183,7 @@ def marginals(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], dtype=
         if not module.has_variable("probes", "marginals"):
             return y
         probe = module.get_variable("probes", "marginals")
-        return tap_sums(h, y, probe["f"], probe["g"])
+        return tap_sums(total_of, h, y, probe["f"], probe["g"])
 
     zeros = {
         path: {"f": jnp.zeros(layer.n_in, dtype), "g": jnp.zeros(layer.n_out, dtype)}
@@ -228,35 +240,53 @@ def observe(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]):
 
     What `gradient_at` reads. Errors: a layer whose calls `nn.jit` hides behind one trace.
     """
-    calls, name = layer_calls(layers, loss), str(next(OBSERVED))
-    seen = {path: 0 for path in layers}
+    return observe_and_sum(layers, {}, loss)[0]
+
+
+def observe_and_sum(
+    held: Mapping[str, Layer], summed: Mapping[str, Layer], loss: Callable[[Tree], Array]
+):
+    """In one pass h and delta of the layers `held`, as `observe`, and the `marginals` of others.
+
+    What is summed is not kept: h and delta of all layers of ResNet-56 are 606 MB.
+    """
+    calls, name = layer_calls(held, loss), str(next(OBSERVED))
+    seen = {path: 0 for path in held}
 
     def tap(layer, module, h, y):
         if not module.has_variable("probes", name):
             return y
+        probe = module.get_variable("probes", name)
+        if layer.path in summed:
+            total = total_of_maps if covered(layer, h, h) else total_of
+            return tap_sums(total, h, y, probe["f"], probe["g"])
         call, seen[layer.path] = seen[layer.path], seen[layer.path] + 1
         if call >= len(calls[layer.path]):
             return y
-        probe = module.get_variable("probes", name)[str(call)]
-        return tap_both(h, y, probe["h"], probe["y"])
+        return tap_both(h, y, probe[str(call)]["h"], probe[str(call)]["y"])
 
     zeros = {
         path: {str(n): jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), s) for n, s in each}
         for path, each in ((path, list(enumerate(shapes))) for path, shapes in calls.items())
     }
+    sums = {
+        path: {"f": jnp.zeros(layer.n_in, jnp.float32), "g": jnp.zeros(layer.n_out, jnp.float32)}
+        for path, layer in summed.items()
+    }
 
     def probed(probes):
-        with intercepted(layers, tap):
+        with intercepted({**held, **summed}, tap):
             return loss({"probes": nested({path: {name: p} for path, p in probes.items()})})
 
-    cotangents = jax.grad(probed)(zeros)
+    cotangents = jax.grad(probed)({**zeros, **sums})
     for path, shapes in calls.items():
         if seen[path] != len(shapes):
             raise ConfigError(
                 f"layer {path!r} is called {len(shapes)} times, but nn.jit hides all but "
                 f"{seen[path]}; call it once, or leave it dense with sparse=lambda path: ..."
             )
-    return {path: _units(layers[path], [*c.values()]) for path, c in cotangents.items()}
+    units = {path: _units(layer, [*cotangents[path].values()]) for path, layer in held.items()}
+    return units, {path: (cotangents[path]["f"], cotangents[path]["g"]) for path in summed}
 
 
 def _units(layer: Layer, calls: list[Tree]) -> tuple[Array, Array]:

@@ -1,10 +1,13 @@
 """What a sparse layer computes from the arena: W h, W^T delta, and dL/dw of what exists.
 
-Activations are feature-major, h (n_in, B) and y (n_out, B): a connection reads and writes whole
-rows. Two tiers do the same: C++ kernels (`dst.kernels`) on CPUs, where they were built, and pure
-JAX everywhere. `values` pass through every product, (y, values), so that their cotangent is one
-vector of K numbers into which each layer writes its range; if autodiff summed the cotangents of L
-layers, there would be L such vectors.
+A convolution's W is a matrix, too. The C++ kernels apply it to maps (N, H, W, C), batch innermost
+in memory; where they do not, `expand` makes its dense kernel for the moment of the convolution.
+
+Activations of dense layers are feature-major, h (n_in, B) and y (n_out, B): a connection reads and
+writes whole rows. Two tiers do the same: C++ kernels (`dst.kernels`) on CPUs, where they were
+built, and pure JAX everywhere. `values` pass through every product, (y, values), so that their
+cotangent is one vector of K numbers into which each layer writes its range; if autodiff summed the
+cotangents of L layers, there would be L such vectors.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from jax.experimental import sparse
 
 from dst import kernels
 from dst.arena import Arena, Part, rows_of
+from dst.network import Layer
 
 Array = jax.Array
 
@@ -104,6 +108,73 @@ def _bias_backward(_, delta):
 
 
 add_bias.defvjp(lambda y, bias: (add_bias(y, bias), None), _bias_backward)
+
+
+def covered(layer: Layer, values: Any, x: Any) -> bool:
+    """Whether the C++ kernels convolve this: as `compiled`, with a kernel of 11 x 11 at most.
+
+    XLA fails to compile their layout for a map of no images.
+    """
+    floats = x.dtype == jnp.float32 and compiled(values)
+    return floats and max(layer.shape[:2]) <= kernels.MOST_TAPS and x.size > 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def convolution(part: Part, values: Array, arena: Arena, x: Array) -> tuple[Array, Array]:
+    """y = W * x, `covered`, and `values` unchanged: (N, H, W, n_in) -> (N, H', W', n_out), (K,)."""
+    y = kernels.convolve(values, arena.column, arena.pointer_of(part), x, part.layer)
+    return y, values
+
+
+def _convolution_forward(part, values, arena, x):
+    return convolution(part, values, arena, x), (values, arena, x)
+
+
+def _convolution_backward(part, saved, cotangents):
+    values, arena, x = saved
+    dx, gradient = _convolution_gradients(part, values, arena, x, *cotangents)
+    return gradient, None, dx
+
+
+convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def frozen_convolution(part: Part, values: Array, arena: Arena, x: Array) -> Array:
+    """y = W * x where no gradient of the values is wanted."""
+    return convolution(part, values, arena, x)[0]
+
+
+def _frozen_convolution_forward(part, values, arena, x):
+    return frozen_convolution(part, values, arena, x), (values, arena, x)
+
+
+def _frozen_convolution_backward(part, saved, delta):
+    values, arena, x = saved
+    nothing = jnp.zeros(0, values.dtype)
+    return None, None, _convolution_gradients(part, values, arena, x, delta, nothing)[0]
+
+
+frozen_convolution.defvjp(_frozen_convolution_forward, _frozen_convolution_backward)
+
+
+@jax.custom_vjp
+def add_channel_bias(y: Array, bias: Array) -> Array:
+    """y + b of a map that is `covered`: (N, H', W', n_out), (n_out,) -> (N, H', W', n_out)."""
+    return y + bias[None, None, None]
+
+
+def _channel_bias_backward(_, delta):
+    # XLA would transpose all of delta for its sum.
+    return delta, kernels.channel_sums(delta, delta)[0]
+
+
+add_channel_bias.defvjp(lambda y, bias: (add_channel_bias(y, bias), None), _channel_bias_backward)
+
+
+def _convolution_gradients(part, values, arena, x, delta, gradient):
+    pointer = arena.pointer_of(part)
+    return kernels.convolve_backward(values, arena.column, pointer, x, delta, gradient, part.layer)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -7,6 +7,7 @@ fits in a chunk is drawn at once, in rounds; a larger one, a chunk at a time, by
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -103,6 +104,29 @@ def fold_subset(
     if not how.exhaustible[l]:
         return some(carry)
     return lax.cond(part.layer.size - active <= asked, every, some, carry)
+
+
+def hold_subset(
+    how: Sampling,
+    l: int,
+    part: Part,
+    key: Array,
+    fg: tuple[Array, Array],
+    asked: Array,
+    active: Array,
+    exists: Exists,
+) -> tuple[Array, Array]:
+    """S_l held whole, in `fold_subset`'s order: flat positions int32 (size,), and |S_l|."""
+    start = jnp.zeros(how.sizes[l], jnp.int32), jnp.int32(0)
+    hold = functools.partial(held, lambda pairs: pairs.column * part.n_out + pairs.output)
+    return fold_subset(how, l, part, key, fg, asked, active, exists, hold, start)[0]
+
+
+def held(position: Callable[[Pairs], Array], carry: tuple[Array, Array], pairs: Pairs, in_S: Array):
+    """The positions found so far and how many, with these behind them."""
+    S, count = carry
+    to = jnp.where(in_S, count + jnp.cumsum(in_S, dtype=jnp.int32) - 1, S.size)
+    return S.at[to].set(position(pairs), mode="drop"), count + in_S.sum(dtype=jnp.int32)
 
 
 def _sorted(part: Part, S: Array, valid: Array) -> Pairs:

@@ -19,12 +19,12 @@ from ml_collections import ConfigDict
 from dst import checkpoint, data, figures, hosts, log, models, steps
 from dst.config import ConfigError, check_devices
 from dst.evaluate import make_evaluate
+from dst.execution import described
 from dst.loop import Parts, Stopped, loop
 from dst.lottery import levels, ticket, winning
 from dst.masks import thinned
 from dst.methods import Method, method_of, told_unread
 from dst.network import Network, network
-from dst.products import tier
 from dst.remember import begun
 from dst.scores import prune_at_init
 from dst.state import SparseState, active_counts, first_counts, init_state
@@ -134,10 +134,10 @@ def run_once(
     with hosts.in_step():
         log.refuse_another_run(workdir, config.to_dict())
         header = log.header(config.to_dict())
-        if config.execution == "sparse":
-            header["tier"] = tier()
-            log.say(f"Sparse execution: {header['tier']}.")
         built = build(config, masks)
+        if config.execution == "sparse":
+            header["tier"] = described(built.net)
+            log.say(f"Sparse execution: {header['tier']}.")
         manager = checkpoint.open_manager(workdir, config.checkpoints_kept)
         restored = restore(manager, built.state, config, workdir)
     state = built.state if restored is None else restored

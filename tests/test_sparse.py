@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import dst
+from dst import kernels
 from dst import rewire as masked_rewire
 from dst.execution import forward
 from dst.heuristics import synaptic_flow
@@ -129,7 +130,8 @@ def test_a_modules_precision_reaches_every_product(tier):
     x = jnp.ones((2, 4, 4, 2))
     run = lambda p, x: forward(net, p, state.masks, {}, x).sum()  # noqa: E731
     products = precisions(jax.make_jaxpr(jax.grad(run, argnums=(0, 1)))(state.params, x))
-    assert len(products) >= 3 and all("HIGHEST" in str(product) for product in products)
+    least = 1 if kernels.available() else 3  # the kernels are of float32 whatever is asked for
+    assert len(products) >= least and all("HIGHEST" in str(product) for product in products)
 
 
 class Teacher(nn.Module):

@@ -5,24 +5,11 @@
 #include <cstring>
 #include <string_view>
 
+#include "handlers.h"
 #include "levels.h"
-#include "parallel.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-using Floats = ffi::Buffer<ffi::F32>;
-using Ints = ffi::Buffer<ffi::S32>;
-using FloatResult = ffi::ResultBuffer<ffi::F32>;
 
 namespace dst {
-namespace {
 
-// Multiply-adds below which waking another thread costs more than it saves.
-constexpr int64_t kAlone = int64_t{1} << 20;
-constexpr int64_t kPartsPerThread = 4;
-constexpr int64_t kPieces = 8;  // at least, of a layer's backward pass
-
-// The best level of this CPU, or what DST_KERNELS names (baseline, v3, v4) if that is lower.
 const Level& level() {
   static const Level& chosen = []() -> const Level& {
 #ifdef DST_X86_LEVELS
@@ -42,15 +29,12 @@ const Level& level() {
   return chosen;
 }
 
-// How many threads share `work` multiply-adds; `asked` is 0 but in tests.
-int64_t threads_for(const ffi::ThreadPool& pool, int64_t work, int64_t asked) {
-  if (asked > 0) return asked;
-  return work < kAlone ? 1 : std::max<int64_t>(1, pool.num_threads());
-}
+namespace {
+
+constexpr int64_t kPartsPerThread = 4;
+constexpr int64_t kPieces = 8;  // at least, of a layer's backward pass
 
 bool is_matrix(const Floats& x) { return x.dimensions().size() == 2; }
-
-ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
 
 // A layer whose pointers lie inside the arena, or an error.
 ffi::ErrorOr<Layer> layer_of(const Floats& values, const Ints& column, const Ints& pointer,

@@ -7,89 +7,19 @@
 // Columns of the batch are taken in tiles, the rest in tiles of half the width down to one column, so
 // that every column is summed in the same order by however many threads.
 #include "levels.h"
+#include "vectors.h"
 
 namespace dst {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-constexpr int kTile = kLanes > 4 ? 128 : 64;  // as many sums as the registers hold
 constexpr int64_t kAhead = 6;                 // connections between a prefetch and its use
 // The loops of a tile stay functions of their own: together they would spill registers.
-
-template <int W>
-struct Vector {
-  typedef float type __attribute__((vector_size(4 * W), aligned(4), may_alias));
-};
-template <>
-struct Vector<1> {
-  using type = float;
-};
-
-template <int L>
-inline float sum(typename Vector<L>::type v) {
-  if constexpr (L == 1) {
-    return v;
-  } else {
-    struct {
-      typename Vector<L / 2>::type low, high;
-    } half;
-    __builtin_memcpy(&half, &v, sizeof v);
-    return sum<L / 2>(half.low + half.high);
-  }
-}
-
-// W consecutive columns of a row.
-template <int W>
-struct Tile {
-  static constexpr int L = W < kLanes ? W : kLanes, V = W / L;
-  using T = typename Vector<L>::type;
-  T v[V];
-
-  static Tile zero() {
-    Tile t;
-    for (int k = 0; k < V; k++) t.v[k] = T{};
-    return t;
-  }
-  static Tile load(const float* p) {
-    Tile t;
-    for (int k = 0; k < V; k++) t.v[k] = reinterpret_cast<const T*>(p)[k];
-    return t;
-  }
-  void store(float* p) const {
-    for (int k = 0; k < V; k++) reinterpret_cast<T*>(p)[k] = v[k];
-  }
-  void add(float s, const float* p) {
-    for (int k = 0; k < V; k++) v[k] += s * reinterpret_cast<const T*>(p)[k];
-  }
-  void add_to(float* p, float s) const {
-    for (int k = 0; k < V; k++) reinterpret_cast<T*>(p)[k] += s * v[k];
-  }
-  float dot(const float* p) const {
-    T even = T{}, odd = T{};
-    for (int k = 0; k < V; k += 2) {
-      even += v[k] * reinterpret_cast<const T*>(p)[k];
-      if (k + 1 < V) odd += v[k + 1] * reinterpret_cast<const T*>(p)[k + 1];
-    }
-    return sum<L>(even + odd);
-  }
-};
 
 // Fetches W columns of a row. Without effect on rows in L2, a fifth of the time on rows that are not.
 template <int W, bool kWrite>
 inline void prefetch(const float* p) {
   for (int k = 0; k < W; k += 16) __builtin_prefetch(p + k, kWrite);
 }
-
-template <int W>
-struct Width {
-  static constexpr int value = W;
-};
 
 // Calls f(Width<W>, first column) for all tiles of B columns.
 template <int W = kTile, class F>
@@ -193,6 +123,7 @@ void gradient_on(const int32_t* i, const int32_t* o, int64_t n, const float* x, 
 
 }  // namespace
 
-const Level levels::DST_LEVEL = {DST_STRING(DST_LEVEL), multiply, backward, gradient_on};
+const Level levels::DST_LEVEL = {DST_STRING(DST_LEVEL), multiply, backward, gradient_on,
+                                 &convolutions::DST_LEVEL};
 
 }  // namespace dst

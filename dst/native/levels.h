@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "convolve.h"
+
 #define DST_STRING_(x) #x
 #define DST_STRING(x) DST_STRING_(x)
 
@@ -28,10 +30,14 @@ struct Level {
   // out[p] = x[i[p]] . delta[o[p]], 0 where i or o is negative.
   void (*gradient_on)(const int32_t* i, const int32_t* o, int64_t n, const float* x,
                       const float* delta, int64_t B, float* out);
+  const ConvolutionLevel* convolution;
 };
 
 namespace levels {
 extern const Level baseline, v3, v4;  // the last two on x86-64, if the compiler knows them
 }
+
+// The best level of this CPU, or what DST_KERNELS names (baseline, v3, v4) if that is lower.
+const Level& level();
 
 }  // namespace dst

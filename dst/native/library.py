@@ -21,6 +21,10 @@ HERE = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 # The inner loops once for each instruction set; the library chooses when it is loaded.
+INNER_LOOPS, ONCE = (
+    ("kernels", "convolve"),
+    ("handlers", "convolve_handlers", "channels", "structure", "arrivals"),
+)
 LEVELS = {"baseline": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4",)}
 
 
@@ -92,13 +96,11 @@ def _compile(target: Path) -> None:
         common = [*command, *FLAGS, "-isystem", str(include), f'-DDST_SOURCES="{source_hash()}"']
         common += ["-DDST_X86_LEVELS"] if len(levels) > 1 else []
         jobs = [
-            [*common, *LEVELS[level], f"-DDST_LEVEL={level}", "-c", str(HERE / "kernels.cc")]
+            [*common, *LEVELS[level], f"-DDST_LEVEL={level}", "-c", str(HERE / f"{name}.cc")]
             for level in levels
+            for name in INNER_LOOPS
         ]
-        jobs += [
-            [*common, "-c", str(HERE / f"{name}.cc")]
-            for name in ("handlers", "structure", "arrivals")
-        ]
+        jobs += [[*common, "-c", str(HERE / f"{name}.cc")] for name in ONCE]
         outputs = [str(objects / f"{i}.o") for i in range(len(jobs))]
         with ThreadPoolExecutor() as pool:
             list(pool.map(_run, [[*job, "-o", o] for job, o in zip(jobs, outputs, strict=True)]))

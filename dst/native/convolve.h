@@ -1,0 +1,75 @@
+// Convolutions of a sparse layer: what convolve.cc (inner loops) and convolve_handlers.cc share.
+#pragma once
+#include <cstdint>
+
+namespace dst {
+
+constexpr int64_t kMostTaps = 11;  // along one side of a kernel
+
+// One connection, as the unit that gathers from it sees it.
+struct Entry {
+  float value;
+  int32_t offset;    // channels from where its pixel begins in a row of the ring
+  int32_t tap;       // which row of the kernel, in the order of `Direction::row`
+  int32_t position;  // in the caller's list
+};
+
+// How one map is computed from another: y from x, or dx from delta. Maps are (H, W, C, N) in memory.
+//
+// Receiving pixels of one column see the same columns of the kernel inside the map they read; each
+// set of them that occurs, a kind, has a list of its own. A unit's connections are sorted by row of
+// the kernel, so that those inside are one range. So nothing is ever multiplied by padding.
+struct Direction {
+  int64_t height, width, units;     // of the map that receives
+  int64_t rows, columns, channels;  // of the map that is read
+  int64_t batch, taps;              // N; rows of the kernel
+  const Entry* entries;
+  const int32_t* begin;   // (kinds, units, taps + 1) where a unit's entries of each tap begin
+  const int32_t* kind;    // (width)
+  const int32_t* column;  // (width) what offset 0 stands for
+  const int32_t* left;    // (width) the first column that is read
+  const int32_t* right;   // (width) the one after the last
+  const int32_t* row;     // (height, taps) the row that is read
+  const int32_t* first;   // (height) the first tap inside
+  const int32_t* last;    // (height) the one after the last
+  int64_t slots;          // rows of the ring
+};
+
+// A layer for one call. Its output columns are computed a tile at a time.
+struct Convolution {
+  Direction forward, backward;
+  int64_t down, across;  // strides
+  int64_t tile;          // output columns
+  int64_t groups;        // of output rows, whose weight gradients are summed apart
+  int64_t connections;
+};
+
+// A part of the work: some groups of output rows, of samples n0 .. n0 + live - 1. The ring holds
+// `width` samples of a channel next to each other, zeros after the live ones.
+struct Share {
+  int64_t group0, group1, n0, live, width;
+};
+
+// A thread's own memory: rings of rows of x and of delta, a vector for each connection.
+struct Rings {
+  float *x, *delta, *sums;
+};
+
+struct ConvolutionLevel {
+  int64_t width, lanes;  // samples at a time, at most; floats of a vector
+  // y of the share.
+  void (*forward)(const Convolution&, const Share&, const Rings&, const float* x, float* y);
+  // dx of the share's rows, and the weight gradient of each of its groups (groups, connections) added
+  // to `gradient`; either may be null.
+  void (*backward)(const Convolution&, const Share&, const Rings&, const float* x,
+                   const float* delta, float* dx, float* gradient);
+  // total (C, 2): the sums of a and of a b of each channel over (pixels, C, N); lanes: 2 C vectors.
+  void (*channel_sums)(const float* a, const float* b, int64_t pixels, int64_t C, int64_t N,
+                       float* lanes, double* total);
+};
+
+namespace convolutions {
+extern const ConvolutionLevel baseline, v3, v4;
+}
+
+}  // namespace dst

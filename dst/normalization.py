@@ -1,0 +1,86 @@
+"""Batch normalisation between sparse convolutions: XLA's, but for the sums over a channel.
+
+XLA sums in a layout of its own and would transpose every map for it, forwards and backwards, which
+takes several times as long as the convolutions. Here kernels sum maps as they lie in memory, in
+double; the rest stays elementwise and XLA's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dst import kernels
+
+Array = jax.Array
+
+
+def fits(module: nn.Module, x: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether `batch_norm` does what this call does: in train mode, in float32, per channel."""
+    if type(module).__call__ is not nn.BatchNorm.__call__ or module.is_initializing():
+        return False
+    given = args[0] if args else kwargs.get("use_running_average")
+    frozen = module.use_running_average if given is None else given
+    plain = (
+        module.axis in (-1, 3)
+        and module.axis_name is None
+        and module.use_fast_variance
+        and module.dtype in (None, jnp.float32)
+        and module.param_dtype == jnp.float32
+        and kwargs.get("mask") is None
+    )
+    maps = isinstance(x, jax.Array) and x.ndim == 4 and x.dtype == jnp.float32 and x.size > 0
+    return frozen is False and plain and maps
+
+
+def batch_norm(module: nn.BatchNorm, x: Array) -> Array:
+    """The module's output; its running averages are updated: (N, H, W, C) -> (N, H, W, C)."""
+    ones, zeros = jnp.ones(x.shape[3]), jnp.zeros(x.shape[3])
+    scale = module.get_variable("params", "scale") if module.use_scale else ones
+    bias = module.get_variable("params", "bias") if module.use_bias else zeros
+    y, mean, variance = normalise(module.epsilon, x, scale, bias)
+    for name, new in (("mean", mean), ("var", variance)):
+        old: Array = module.get_variable("batch_stats", name)
+        new = module.momentum * old + (1 - module.momentum) * new
+        module.put_variable("batch_stats", name, new)
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def normalise(epsilon: float, x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """(x - E x) / sqrt(Var x + epsilon) scale + bias, E x, Var x: (N, H, W, C), (C,), (C,)."""
+    mean, variance = kernels.moments(x)
+    y = (x - _wide(mean)) * _wide(lax.rsqrt(variance + epsilon) * scale) + _wide(bias)
+    return y, mean, variance
+
+
+def _wide(channels: Array) -> Array:
+    return channels[None, None, None]
+
+
+def _forward(epsilon, x, scale, bias):
+    y, mean, variance = normalise(epsilon, x, scale, bias)
+    return (y, mean, variance), (x, mean, variance, scale)
+
+
+def _backward(epsilon, saved, cotangents):
+    x, mean, variance, scale = saved
+    delta, d_mean, d_variance = cotangents
+    count = x.size // x.shape[3]
+    inverse = lax.rsqrt(variance + epsilon)
+    d_bias, products = kernels.channel_sums(delta, x)
+    d_scale = inverse * (products - mean * d_bias)
+    factor = scale * inverse
+    # dx = a delta + b (x - E x) + c, a channel each.
+    b = (2 * d_variance - factor * inverse * d_scale) / count
+    c = (d_mean - factor * d_bias) / count
+    dx = _wide(factor) * delta + (_wide(b) * (x - _wide(mean)) + _wide(c))
+    return dx, d_scale, d_bias
+
+
+normalise.defvjp(_forward, _backward)
