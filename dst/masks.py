@@ -108,12 +108,6 @@ def fan_in_weights(key: jax.Array, output: np.ndarray, n_out: int, gain: float =
     return weights
 
 
-def random_signs(key: jax.Array, shapes: Shapes) -> dict[str, jax.Array]:
-    """A sign for every possible connection: bool arrays, True for +, each as likely."""
-    rng = _generator(key)
-    return {path: jnp.asarray(rng.random(shape) < 0.5) for path, shape in shapes.items()}
-
-
 def strongest(
     score: Mapping[str, Any], masks: Mapping[str, Any], k: int, what: str
 ) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ state that has all connections, but may not train with them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from flax import struct
 
 from dst.config import ConfigError
-from dst.masks import random_signs
+from dst.hashing import hashes_of_layer
 from dst.methods import Method
 
 Array = jax.Array
@@ -43,15 +44,21 @@ def first_memory(
         own["threshold"] = jnp.float32(THRESHOLD)
     if method.drop == "sign":
         # Of an active connection that of its first weight, of the others drawn once for all.
-        drawn = random_signs(key, {path: mask.shape for path, mask in masks.items()})
         own["positive"] = {
-            path: jnp.where(mask, kernels[path] > 0, drawn[path]) for path, mask in masks.items()
+            path: jnp.where(mask, kernels[path] > 0, _signs(key, l, mask.shape))
+            for l, (path, mask) in enumerate(masks.items())
         }
     if method.explored:
         own["explored"] = jax.tree.map(jnp.copy, dict(masks))
     if method.waits:
         own["waiting"] = Waiting(method.name)
     return own
+
+
+def _signs(key: Array, l: int, shape: tuple[int, ...]) -> Array:
+    """A sign for every possible connection of layer l, + where True, by its hash."""
+    hashes = hashes_of_layer(key, l, math.prod(shape[:-1]), shape[-1])
+    return (hashes >> 31).astype(bool).reshape(shape)
 
 
 def begun(state: Any) -> Any:
