@@ -16,7 +16,7 @@ from dst.execution import forward
 from dst.normalization import normalise
 from tests import tiny
 from tests.convolutions import near, normal
-from tests.executions import ONE, close, dense
+from tests.executions import ONE, both, close, dense
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
 
@@ -202,3 +202,41 @@ def test_what_the_kernels_do_not_cover_is_expanded_and_said(monkeypatch):
     monkeypatch.setattr(kernels, "available", lambda: False)
     monkeypatch.setattr(kernels, "why_not", lambda: "there is no compiler")
     assert execution.described(net).endswith("no compiler; 3 of 3 convolutions are expanded")
+
+
+def test_batch_norm_on_four_devices_is_that_of_masked_execution():
+    """Each device normalises its own rows; weights and averaged statistics after two steps."""
+    ends = []
+    for s in both("set"):
+        update = dst.make_update(s.net, s.tx, tiny.loss)
+        state = update(update(s.state, tiny.batch(1))[0], tiny.batch(2))[0]
+        ends.append((dense(state), state.batch_stats))
+    close(ends[0], ends[1])
+
+
+class Remat(nn.Module):
+    """A convolution and its batch norm computed again in the backward pass."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        block = nn.remat(Block, static_argnums=(2,))
+        return nn.Dense(5)(block(name="block")(x, train).reshape(len(x), -1))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        return nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x)))
+
+
+def test_under_remat_it_is_that_of_masked_execution():
+    ends = []
+    for way in ("masked", "sparse"):
+        net = dst.network(Remat(), tiny.IMAGE, train=False, execution=way)
+        method = dst.method("set", 0.5, every=2, end=8)
+        state = dst.init_state(net, tiny.SGD, method, jax.random.key(0))
+        loss = lambda apply, b: tiny.loss(lambda x, train: apply(x, train), b)  # noqa: E731
+        update = dst.make_update(net, tiny.SGD, loss, devices=ONE)
+        state = update(update(state, tiny.batch(1))[0], tiny.batch(2))[0]
+        ends.append((dst.predictor(net, state)(tiny.batch(3)[0]), state.batch_stats))
+    close(ends[0], ends[1])
