@@ -75,26 +75,6 @@ def test_laws_of_a_rewire(name, options, tier):
             assert not new[path][grown].any() and not new_m[path][grown].any()
 
 
-def test_set_grows_every_inactive_connection_alike():
-    """Chi-square over 250 rewires of one network: a uniform choice over all layers together."""
-    s = tiny.setup("set", execution="sparse", sparsity=0.7, drop_fraction=0.5)
-    rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=ONE)
-    had = structure(s.state)
-    grown = {path: np.zeros(mask.shape) for path, mask in had.items()}
-    draws = 250
-    for seed in range(draws):
-        state, report = rewire(s.state.replace(key=jax.random.key(seed)), s.batch)
-        for path, mask in structure(state).items():
-            grown[path] += mask & ~had[path]
-    times = np.concatenate([grown[path][~had[path]] for path in had])
-    share = int(report["grown"]) / times.size
-    assert times.sum() == draws * int(report["grown"])
-    spread = ((times - draws * share) ** 2).sum() / (draws * share * (1 - share))
-    assert abs(spread - times.size) < 5 * np.sqrt(2 * times.size)
-    by_layer = [grown[path][~had[path]].mean() / (draws * share) for path in had]
-    np.testing.assert_allclose(by_layer, 1, atol=0.09)
-
-
 def test_devices_agree_and_take_the_step_of_one():
     """Four devices: structure and values bitwise equal on all, the connections of one device."""
     ends = []

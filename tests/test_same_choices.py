@@ -65,7 +65,7 @@ def test_values_and_moments_are_the_same(tier, tx, floor):
 
 
 @pytest.mark.parametrize(("name", "options"), [("gse", {}), ("rigl", EVERY[-1][1])], ids=str)
-def test_without_any_gradient_the_hash_decides(tier, name, options):
+def test_without_any_gradient_the_hash_decides(name, options):
     """Ties of all scores and of many weights: the same choice in both executions."""
     after = []
     for s in both(name, heuristic="uniform", **options) if name == "gse" else both(name, **options):
