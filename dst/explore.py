@@ -169,10 +169,16 @@ def explorer(net: Network, method: Method, planned: Plan, loss: Loss) -> Callabl
             return tally
         value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
         G = lax.pmean(gradient_on(later, value, {path: s for path, (s, _) in S.items()}), AXIS)
+        found, finite, realised = tally.found, tally.finite, tally.realised
         for part in arena.parts:
             if part.layer.path in later:
-                tally = ranked(part, *S[part.layer.path], G[part.layer.path], tally, P, salt)
-        return tally
+                held, count = S[part.layer.path]
+                column, output = jnp.divmod(held, part.n_out)
+                row = part.row(column, output) + part.first
+                score = jnp.where(jnp.arange(held.size) < count, jnp.abs(G[part.layer.path]), -1)
+                found, finite = ranked(found, finite, row, column, score, P, salt)
+                realised += count
+        return Tally(found, tally.asked, realised, finite)
 
     return explore
 
@@ -188,26 +194,27 @@ def holding(
 
     def member(given: tuple) -> tuple[Array, Array]:
         l, first, f, g = given
-        there = lambda column, output: exists(  # noqa: E731
-            arena, part.block, part.row(column, output) + first, column
-        )
-        own, active = jax.random.fold_in(key, l), arena.counts()[l]
-        return hold_subset(how, group[0], part, own, (f, g), wanted[l], active, there)
+        there, own = existing(arena, part, first), jax.random.fold_in(key, l)
+        return hold_subset(how, group[0], part, own, (f, g), wanted[l], arena.counts()[l], there)
 
     f, g = (jnp.stack([fg[path][n] for path in paths]) for n in (0, 1))
     S, count = lax.map(member, (index, firsts, f, g))
     return {path: (S[m], count[m]) for m, path in enumerate(paths)}
 
 
-def ranked(part: Part, S: Array, count: Array, G: Array, tally: Tally, P: Array, salt: Array):
-    """The tally with the best of a layer's S, whose gradient is G."""
-    column, output = jnp.divmod(S, part.n_out)
-    score = jnp.abs(G).astype(tally.found.score.dtype)
-    score = jnp.where(jnp.arange(S.size) < count, score, -1)
-    new = Found(part.row(column, output) + part.first, column, score)
-    finite = tally.finite & jnp.isfinite(score).all()
-    found = best(tally.found, new, P, salt)
-    return Tally(found, tally.asked, tally.realised + count, finite)
+def existing(arena: Arena, part: Part, first: Array) -> Callable[[Array, Array], Array]:
+    """Whether a layer has (column, output): `part` is one of its shape, `first` its own row."""
+    return lambda column, output: exists(
+        arena, part.block, part.row(column, output) + first, column
+    )
+
+
+def ranked(
+    found: Found, finite: Array, row: Array, column: Array, score: Array, P: Array, salt: Array
+) -> tuple[Found, Array]:
+    """The best so far with these among them, and whether all scores were finite; -1 is none."""
+    new = Found(row, column, score.astype(found.score.dtype))
+    return best(found, new, P, salt), finite & jnp.isfinite(score).all()
 
 
 def searching(
@@ -224,16 +231,10 @@ def searching(
     def member(m: Array, tally: Tally) -> Tally:
         l, first = index[m], firsts[m]
 
-        def there(column: Array, output: Array) -> Array:
-            return exists(arena, part.block, part.row(column, output) + first, column)
-
         def visit(carry: tuple[Found, Array], pairs: Pairs, chosen: Array):
-            found, finite = carry
-            score = lax.switch(m, scores, pairs.column, pairs.output).astype(found.score.dtype)
-            score = jnp.where(chosen, score, -1)
-            rows = part.row(pairs.column, pairs.output) + first
-            new = Found(rows, pairs.column, score)
-            return best(found, new, P, salt), finite & jnp.isfinite(score).all()
+            score = jnp.where(chosen, lax.switch(m, scores, pairs.column, pairs.output), -1)
+            row = part.row(pairs.column, pairs.output) + first
+            return ranked(*carry, row, pairs.column, score, P, salt)
 
         (found, finite), count = fold_subset(
             how,
@@ -243,7 +244,7 @@ def searching(
             (f[m], g[m]),
             wanted[l],
             arena.counts()[l],
-            there,
+            existing(arena, part, first),
             visit,
             (tally.found, tally.finite),
         )
