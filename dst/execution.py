@@ -62,7 +62,7 @@ def forward(
 def variables_of(params: Any, connections: Connections, collections: Mapping) -> dict[str, Any]:
     """The model's variables; an arena travels as a collection, of which each layer has a copy.
 
-    Not by closure: so `nn.remat` and `nn.jit` see it as an argument.
+    Not by closure: so `nn.remat` sees it as an argument.
     """
     if not isinstance(connections, Arena):
         return {"params": params, **collections}
@@ -105,8 +105,8 @@ def sparse_layers(arena: Arena, values: Array, frozen: bool) -> Callable:
         h, _, bias = module.promote_dtype(
             args[0] if args else kwargs["inputs"], values[:0], bias, dtype=module.dtype
         )
-        # One chain of values through all layers, see `products`. A trace of its own (nn.remat,
-        # nn.jit) would leak them: such a layer begins a chain, at the cost of K more numbers.
+        # One chain of values through all layers, see `products`. A trace of its own (nn.remat)
+        # would leak them: such a layer begins a chain, at the cost of K more numbers.
         chained = not frozen and tracers.current_trace() == outside
         y, left = linear(part, module, h, bias, passed[0] if chained else None, frozen)
         if chained:
@@ -184,7 +184,7 @@ def described(net: Network) -> str:
             expanded[layer.path] = not covered(layer, jax.ShapeDtypeStruct((), jnp.float32), x)
         return y
 
-    with nn.intercept_methods(record), jax.disable_jit():
+    with nn.intercept_methods(record):
         jax.eval_shape(lambda *a: net.model.init(jax.random.key(0), *a, **net.kwargs), *net.args)
     if not any(expanded.values()):
         return tier()

@@ -15,7 +15,7 @@ from flax import traverse_util
 from jax import lax
 
 from dst.config import ConfigError, check_field, quoted
-from dst.obstacle import mapped, obstacle, pair, unlike_float32
+from dst.obstacle import jitted, mapped, obstacle, pair, unlike_float32
 from dst.sown import Path, sown
 
 LOGGER = logging.getLogger("dst")
@@ -125,8 +125,8 @@ def network(
 
     Args: example inputs as arrays or shapes; `sparse(path)` says which of the `nn.Dense` and
     `nn.Conv` layers are (default: all); `execution` whether they are held as dense arrays with
-    masks or truly sparse. Errors: a chosen layer that the probes do not cover. A kernel of another
-    kind stays dense, which is logged.
+    masks or truly sparse. Errors: a chosen layer that the probes do not cover, anything under
+    nn.jit. A kernel of another kind stays dense, which is logged.
     """
     check_field("execution", execution)
     shapes = jax.eval_shape(lambda *a: a, *args)
@@ -175,11 +175,16 @@ def _discover(model, shapes, kwargs, sparse) -> tuple[dict[str, Layer | None], d
 
     def discover(next_fun, arguments, keywords, context):
         module = context.module
+        if jitted(module):
+            raise ConfigError(
+                f"{type(module).__name__} {layer_path(module)!r} runs under nn.jit, whose traces "
+                "dst cannot look into; leave nn.jit away, since dst compiles the whole step."
+            )
         if context.method_name == "__call__" and is_layer(module):
             record(module, arguments[0] if arguments else keywords["inputs"])
         return next_fun(*arguments, **keywords)
 
-    # Without jit: a layer under nn.jit that was traced before would not be seen.
+    # Without jit: what runs under nn.jit and was traced before would not be seen, nor refused.
     with nn.intercept_methods(discover), jax.disable_jit():
         variables = _abstract_init(model, shapes, kwargs)
     for name in sorted(foreign):
@@ -263,9 +268,7 @@ def _abstract_apply(net: Network, variables: Mapping[str, Any], mutable: Any) ->
         rngs = {name: jax.random.key(0) for name in ("dropout", "params")}
         return net.model.apply(variables, *args, **net.kwargs, rngs=rngs, mutable=mutable)
 
-    # Without jit: the traces that nn.jit keeps know nothing of an interceptor.
-    with jax.disable_jit():
-        return jax.eval_shape(run, variables, *net.args)
+    return jax.eval_shape(run, variables, *net.args)
 
 
 def skipped(layer: Layer, module: Any, h: Any) -> jax.Array:

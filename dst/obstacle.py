@@ -87,6 +87,11 @@ def mapped(module: Any) -> str | None:
     return "its kernel is reparameterised by a norm or by nn.map_variables"
 
 
+def jitted(module: Any) -> bool:
+    """Whether this module runs under `nn.jit`. Nothing but Flax's path says so."""
+    return module.scope is not None and any("jit(" in part for part in module.scope.debug_path)
+
+
 def unlike_float32(module: Any) -> str | None:
     """Why this layer's kernel cannot be `dst`'s, which is float32; None if it can."""
     dtype = jnp.dtype(module.param_dtype)

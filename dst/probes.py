@@ -5,14 +5,13 @@ output through a `custom_vjp` identity that takes zero-valued probes, and what i
 as the probes' cotangents: sums of |h| and |delta| for the marginals of Eq. 7, dL/dw for the
 connections in S. Parameters are not differentiated, so no dense weight gradient ever exists.
 
-Probes travel as a variable collection, not by closure: so `nn.remat` and `nn.jit` see them as
-arguments, and a layer that is called several times sums its calls.
+Probes travel as a variable collection, not by closure: so `nn.remat` sees them as arguments, and a
+layer that is called several times sums its calls.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,9 +34,6 @@ Tree = Mapping[str, Any]
 CHUNK_ELEMENTS = 2**20
 
 MARK = "called"  # the probe that tells a layer of the model from others of the same path
-
-# Each `observe` names its probes anew: from a trace that nn.jit kept, no calls could be counted.
-OBSERVED = itertools.count()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -238,7 +234,7 @@ tap_both.defvjp(_both_forward, _both_backward)
 def observe(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]):
     """h and delta of every layer, units first, its calls along the batch: {path: (h, delta)}.
 
-    What `gradient_at` reads. Errors: a layer whose calls `nn.jit` hides behind one trace.
+    What `gradient_at` reads. Errors: a layer called on images of several sizes.
     """
     return observe_and_sum(layers, {}, loss)[0]
 
@@ -250,19 +246,17 @@ def observe_and_sum(
 
     What is summed is not kept: h and delta of all layers of ResNet-56 are 606 MB.
     """
-    calls, name = layer_calls(held, loss), str(next(OBSERVED))
+    calls = layer_calls(held, loss)
     seen = {path: 0 for path in held}
 
     def tap(layer, module, h, y):
-        if not module.has_variable("probes", name):
+        if not module.has_variable("probes", MARK):
             return y
-        probe = module.get_variable("probes", name)
+        probe = module.get_variable("probes", MARK)
         if layer.path in summed:
             total = total_of_maps if covered(layer, h, h) else total_of
             return tap_sums(total, h, y, probe["f"], probe["g"])
         call, seen[layer.path] = seen[layer.path], seen[layer.path] + 1
-        if call >= len(calls[layer.path]):
-            return y
         return tap_both(h, y, probe[str(call)]["h"], probe[str(call)]["y"])
 
     zeros = {
@@ -276,15 +270,9 @@ def observe_and_sum(
 
     def probed(probes):
         with intercepted({**held, **summed}, tap):
-            return loss({"probes": nested({path: {name: p} for path, p in probes.items()})})
+            return loss({"probes": nested({path: {MARK: p} for path, p in probes.items()})})
 
     cotangents = jax.grad(probed)({**zeros, **sums})
-    for path, shapes in calls.items():
-        if seen[path] != len(shapes):
-            raise ConfigError(
-                f"layer {path!r} is called {len(shapes)} times, but nn.jit hides all but "
-                f"{seen[path]}; call it once, or leave it dense with sparse=lambda path: ..."
-            )
     units = {path: _units(layer, [*cotangents[path].values()]) for path, layer in held.items()}
     return units, {path: (cotangents[path]["f"], cotangents[path]["g"]) for path in summed}
 
@@ -326,7 +314,6 @@ def layer_calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> d
         calls[layer.path].append({"h": shape(h), "y": shape(y)})
         return y
 
-    # Without jit: a layer under nn.jit that was traced before would not be seen.
-    with nn.intercept_methods(record), jax.disable_jit():
+    with nn.intercept_methods(record):
         jax.eval_shape(lambda: loss({"probes": nested({p: {MARK: jnp.zeros(0)} for p in layers})}))
     return calls

@@ -33,7 +33,6 @@ from dst.heuristics import NOTHING, check_flow, check_inputs, total_flow, withou
 from dst.masks import active_count, strongest
 from dst.methods import Method
 from dst.network import Network
-from dst.probes import nested
 from dst.remember import begun
 from dst.state import SparseState, count_of, kernels_of, with_kernels
 from dst.update import AXIS, Loss, mask_kernels, parallel, replicate, run_loss, split_batch
@@ -221,14 +220,12 @@ def examples(batch: Any) -> int:
 
 def objective(net: Network, loss: Loss, temperature: float) -> Value:
     """value(kernels, (state, batch)): the loss in train mode of logits / T, without dropout."""
-    # A layer in nn.jit keeps its trace: with this mark it is not that of the update, with dropout.
-    mark = {"probes": nested({path: {"scored": jnp.zeros(0)} for path in net.layers})}
 
     def value(kernels: ByLayer, batch: Any) -> Array:
         state, batch = batch
         params = with_kernels(state.params, kernels)
         with nn.intercept_methods(without_dropout):
-            return run_loss(net, cooled(loss, temperature), params, state, batch, mark)[0]
+            return run_loss(net, cooled(loss, temperature), params, state, batch)[0]
 
     return value
 

@@ -68,30 +68,18 @@ class Pair(nn.Module):
         return self.dense(nn.leaky_relu(self.conv(x)))
 
 
-class MLP(nn.Module):
-    """One Dense in a block of its own."""
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3)(x)
-
-
-# nn.jit keeps a cache by class, so these two see every trace that was ever made of them.
-JitDense, JitMLP = nn.jit(nn.Dense), nn.jit(MLP)
-
-
 class Structure(nn.Module):
-    """Layers under remat and jit (if `lifted`), shared, in Sequential, and in setup()."""
+    """Layers under remat (if `lifted`), shared, in Sequential, and in setup()."""
 
     lifted: bool
 
     @nn.compact
     def __call__(self, x, mix):
-        lift = (lambda transform, module: transform(module)) if self.lifted else lambda _, m: m
-        x = lift(nn.remat, nn.Conv)(3, (3, 3), name="remat_layer")(x)
-        x = lift(nn.jit, nn.Dense)(3, name="jit_layer")(nn.leaky_relu(x))
-        x = lift(nn.remat, Pair)(name="remat_block")(x)
-        x = lift(nn.jit, Pair)(name="jit_block")(jnp.concatenate([x, x], 1))
+        lift = nn.remat if self.lifted else lambda module: module
+        x = lift(nn.Conv)(3, (3, 3), name="remat_layer")(x)
+        x = nn.Dense(3, name="dense")(nn.leaky_relu(x))
+        x = lift(Pair)(name="remat_block")(x)
+        x = Pair(name="block")(jnp.concatenate([x, x], 1))
         shared = nn.Dense(3, name="shared")
         x = shared(nn.leaky_relu(shared(x[:, :1])))
         x = nn.Sequential([nn.Dense(4, name="first"), nn.leaky_relu, nn.Dense(3, name="last")])(x)
@@ -220,31 +208,6 @@ def test_a_sum_of_many_bfloat16_terms_is_not_rounded_away():
     G = probes.gradient_on(net.layers, loss, {"dense": jnp.arange(6)})["dense"]
     for found in (f, g, G):
         np.testing.assert_array_equal(found, np.full(found.shape, 4099, np.float32))
-
-
-def test_a_cached_trace_of_a_jitted_layer_is_never_taken_for_another():
-    class Jitted(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return JitDense(2, name="layer")(JitMLP(name="block")(x))
-
-    x = np.arange(12.0, dtype=np.float32).reshape(3, 4)
-    variables = Jitted().init(jax.random.key(0), x)
-    net = network(Jitted(), x)  # after init, so that a trace of it is already there
-    assert set(net.layers) == {"layer", "block/Dense_0"}
-    # Without an outer jit, what is under nn.jit keeps its own cache between these calls.
-    loss = lambda extra, v=variables: jnp.sum(net.model.apply({**v, **extra}, x) ** 2)  # noqa: E731
-    plain = loss({})
-    dense = jax.grad(lambda v: loss({}, v))(variables)["params"]
-    expected = {"layer": dense["layer"], "block/Dense_0": dense["block"]["Dense_0"]}
-    for keep in (1.0, 0.5, 0.25):
-        f, _ = probes.marginals(net.layers, loss)["block/Dense_0"]
-        np.testing.assert_allclose(f, x.sum(0), rtol=1e-6)
-        S = subsets(net, keep)
-        for path, G in probes.gradient_on(net.layers, loss, S).items():
-            at = np.asarray(expected[path]["kernel"]).ravel()[np.asarray(S[path])]
-            np.testing.assert_allclose(G, at, rtol=1e-5)
-        assert loss({}) == plain
 
 
 def test_chunks_with_a_remainder_and_subsets_of_nothing(monkeypatch):

@@ -76,12 +76,12 @@ def test_the_logits_agree_in_evaluation(tier):
 
 
 class Lifted(nn.Module):
-    """Layers under nn.remat and nn.jit, and one that is called twice."""
+    """Layers under nn.remat, and one that is called twice."""
 
     @nn.compact
     def __call__(self, x, train=True):
         x = nn.remat(nn.Dense)(12, name="remat")(x)
-        x = nn.jit(nn.Dense)(12, name="jit")(nn.relu(x))
+        x = nn.remat(nn.Dense)(12, name="again")(nn.relu(x))
         shared = nn.Dense(12, name="shared", use_bias=False)
         return nn.Dense(5, name="head")(shared(nn.relu(shared(x))))
 
@@ -96,7 +96,7 @@ def lifted(execution, heuristic="grabo"):
 
 
 def test_lifted_and_shared_layers_agree(tier):
-    """nn.remat, nn.jit and a layer with two calls take the same steps and can be rewired."""
+    """nn.remat and a layer with two calls take the same steps and can be rewired."""
     rng = np.random.default_rng(0)
     data = rng.normal(size=(8, 7)).astype(np.float32), rng.integers(5, size=8)
     runs = [lifted("masked"), lifted("sparse")]
