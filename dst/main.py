@@ -5,7 +5,11 @@
   --config        a file of configs/ or your own; its first lines say what to expect
   --config.FIELD  overrides a field, as in --config.sparsity=0.95; dst/config.py lists them all
   --workdir       logs and checkpoints, by default runs/<name of the config file>; the same
-                  command again resumes the run in it
+                  command again resumes the run in it; DIR/compiled holds the programs that
+                  JAX compiled (or JAX_COMPILATION_CACHE_DIR), so that it need not again
+
+Memory that a step frees is kept for the next one, on Linux: steps of convolutional networks take
+up to half the time, and the process grows larger. DST_KEEP_MEMORY=0 gives it back to the system.
 
 One run on several hosts, started in each of them, with a --workdir that all of them see:
   --coordinator=HOST:PORT --processes=N --process=I   the address of process 0; I from 0 to N - 1
@@ -17,12 +21,13 @@ Exit code: 0 finished, or saved and stopped by SIGTERM or Ctrl-C; 1 had to stop;
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dst import launch
+from dst import launch, runtime
 from dst.config import ConfigError, check_field, check_name, load, validate
 from dst.methods import resolve
 
@@ -61,13 +66,17 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, launch.Place | None]:
     return resolve(config), workdir, place
 
 
-def main(argv: list[str]) -> int:
-    """Runs a command line (program name first); returns the exit code."""
+def main(argv: list[str], prepare: Callable[[Path], None] = lambda workdir: None) -> int:
+    """Runs a command line (program name first); returns the exit code.
+
+    `prepare(workdir)` is called before the training, once the flags are right.
+    """
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
     try:
         config, workdir, place = parse(argv)
+        prepare(workdir)
         from dst.loop import Stopped  # takes seconds: not before the flags are right
         from dst.train import train  # takes seconds: not before the flags are right
 
@@ -88,4 +97,4 @@ def complain(error: Exception, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main(sys.argv, runtime.prepare))
