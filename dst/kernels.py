@@ -18,7 +18,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,41 +118,67 @@ def gradient_on(i: Array, o: Array, x: Array, delta: Array) -> Array:
 
 
 # -------------------------------------------------------------------------------- the convolutions
-def convolve(values: Array, column: Array, pointer: Array, x: Array, layer: Layer) -> Array:
-    """y = W * x: x (N, H, W, n_in) -> (N, H', W', n_out); pointer (n_out + 1,)."""
-    n = x.shape[0]
-    rows, columns = output_sides(layer, x.shape[1:3])
-    y = jax.ShapeDtypeStruct((n, rows, columns, layer.n_out), jnp.float32)
-    layouts: dict = {"input_layouts": [None, None, None, MAP], "output_layouts": MAP}
-    return _kernel("dst_convolve", y, **layouts)(values, column, pointer, x, **_taps(layer, x))
+class Read(NamedTuple):
+    """A map (N, H, W, C) as a kernel reads it: itself, or what it computes on the way.
+
+    An activation x is relu(k[0] x + k[1]), k (2, C): what batch normalisation and ReLU make of x. A
+    gradient is k[0] delta + k[1] y + k[2], k (3, C), y `other`: delta through a batch normalisation.
+    """
+
+    map: Array
+    k: Array | None = None
+    other: Array | None = None
+
+
+def convolve(
+    values: Array, column: Array, pointer: Array, x: Read, layer: Layer, moments: bool = False
+) -> tuple[Array, Array]:
+    """y = W * x, and mean and variance of each of its channels if `moments`, else nothing.
+
+    Shapes: x (N, H, W, n_in), pointer (n_out + 1,) -> (N, H', W', n_out), (2, n_out) or (0,).
+    """
+    n = x.map.shape[0]
+    rows, columns = output_sides(layer, x.map.shape[1:3])
+    shapes = (n, rows, columns, layer.n_out), (2, layer.n_out) if moments else (0,)
+    call = _kernel(
+        "dst_convolve",
+        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        input_layouts=[None, None, None, MAP, None],
+        output_layouts=[MAP, None],
+    )
+    y, found = call(values, column, pointer, *_activation(x), **_taps(layer, x.map))
+    return y, found
 
 
 def convolve_backward(
     values: Array,
     column: Array,
     pointer: Array,
-    x: Array,
-    delta: Array,
+    x: Read,
+    delta: Read,
     gradient: Array,
     layer: Layer,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """dx, and dL/dw added to the layer's range of `gradient`, in place if XLA can give it away.
 
-    Shapes: x (N, H, W, n_in), delta (N, H', W', n_out), gradient (K,) -> dx as x, gradient (K,). A
-    gradient of no entries is not computed.
+    If x is an activation, dx is du, the gradient of what its ReLU reads, and sums are those of du
+    and du x of each channel: (2, n_in), else (0,). A gradient of no entries is not computed. Shapes:
+    x (N, H, W, n_in), delta (N, H', W', n_out), gradient (K,) -> dx as x, gradient (K,), sums.
     """
+    sums = jax.ShapeDtypeStruct((0,) if x.k is None else (2, layer.n_in), jnp.float32)
     call = _kernel(
         "dst_convolve_backward",
-        (_like(x), _like(gradient)),
-        input_layouts=[None, None, None, MAP, MAP, None],
-        output_layouts=[MAP, None],
-        input_output_aliases={5: 1},
+        (_like(x.map), _like(gradient), sums),
+        input_layouts=[None, None, None, MAP, None, MAP, *_layouts(delta), None],
+        output_layouts=[MAP, None, None],
+        input_output_aliases={8: 1},
     )
-    dx, gradient = call(values, column, pointer, x, delta, gradient, **_taps(layer, x))
-    return dx, gradient
+    maps = (*_activation(x), *_gradient(delta))
+    dx, gradient, sums = call(values, column, pointer, *maps, gradient, **_taps(layer, x.map))
+    return dx, gradient, sums
 
 
-def convolve_gradient_on(column: Array, output: Array, x: Array, delta: Array, layer: Layer):
+def convolve_gradient_on(column: Array, output: Array, x: Read, delta: Read, layer: Layer) -> Array:
     """dL/dw on pairs (column, output), both int32 (n,): float32 (n,); 0 where one is negative.
 
     Shapes: x (N, H, W, n_in), delta (N, H', W', n_out); column is (kx, ky, i) flattened.
@@ -160,9 +186,24 @@ def convolve_gradient_on(column: Array, output: Array, x: Array, delta: Array, l
     call = _kernel(
         "dst_convolve_gradient_on",
         jax.ShapeDtypeStruct(column.shape, jnp.float32),
-        input_layouts=[None, None, MAP, MAP],
+        input_layouts=[None, None, MAP, None, MAP, *_layouts(delta)],
     )
-    return call(column, output, x, delta, **_taps(layer, x))
+    return call(column, output, *_activation(x), *_gradient(delta), **_taps(layer, x.map))
+
+
+def _activation(x: Read) -> tuple[Array, Array]:
+    return x.map, jnp.zeros(0) if x.k is None else x.k
+
+
+def _gradient(delta: Read) -> tuple[Array, Array, Array]:
+    nothing = jnp.zeros(0)
+    if delta.k is None or delta.other is None:
+        return delta.map, nothing, nothing
+    return delta.map, delta.other, delta.k
+
+
+def _layouts(delta: Read) -> list:
+    return [None if delta.other is None else MAP, None]
 
 
 def moments(x: Array) -> tuple[Array, Array]:

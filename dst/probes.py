@@ -79,7 +79,7 @@ def _subset_backward(layer, residual, delta):
     h, subset = residual
     column, output = jnp.divmod(subset, layer.n_out)
     if layer.kind == "conv" and covered(layer, delta, h):
-        x, d = (a.reshape(-1, *a.shape[-3:]) for a in (h, delta))
+        x, d = (kernels.Read(a.reshape(-1, *a.shape[-3:])) for a in (h, delta))
         return None, delta, kernels.convolve_gradient_on(column, output, x, d, layer), None
     gradient = gradient_at(layer, *by_unit(layer, h, delta), column, output)
     return None, delta, gradient.astype(jnp.float32), None

@@ -122,8 +122,8 @@ def covered(layer: Layer, values: Any, x: Any) -> bool:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def convolution(part: Part, values: Array, arena: Arena, x: Array) -> tuple[Array, Array]:
     """y = W * x, `covered`, and `values` unchanged: (N, H, W, n_in) -> (N, H', W', n_out), (K,)."""
-    y = kernels.convolve(values, arena.column, arena.pointer_of(part), x, part.layer)
-    return y, values
+    pointer = arena.pointer_of(part)
+    return kernels.convolve(values, arena.column, pointer, kernels.Read(x), part.layer)[0], values
 
 
 def _convolution_forward(part, values, arena, x):
@@ -174,7 +174,8 @@ add_channel_bias.defvjp(lambda y, bias: (add_channel_bias(y, bias), None), _chan
 
 def _convolution_gradients(part, values, arena, x, delta, gradient):
     pointer = arena.pointer_of(part)
-    return kernels.convolve_backward(values, arena.column, pointer, x, delta, gradient, part.layer)
+    maps = kernels.Read(x), kernels.Read(delta)
+    return kernels.convolve_backward(values, arena.column, pointer, *maps, gradient, part.layer)[:2]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -21,6 +21,9 @@ class Case(NamedTuple):
     x: np.ndarray
     delta: np.ndarray
     kept: np.ndarray  # the gradient so far
+    other: np.ndarray  # a map as delta
+    k: np.ndarray  # (2, n_in): x may stand for an activation
+    delta_k: np.ndarray  # (3, n_out): delta for a gradient
 
 
 def normal(rng, *shape):
@@ -42,7 +45,25 @@ def make(
     x = normal(rng, batch, *sides, channels[0])
     delta = normal(rng, batch, *kernels.output_sides(layer, sides), channels[1])
     kept = normal(rng, values.size)
-    return Case(layer, W, column, output, (values, columns, pointer), x, delta, kept)
+    other, k, delta_k = (
+        normal(rng, *delta.shape),
+        normal(rng, 2, channels[0]),
+        normal(rng, 3, channels[1]),
+    )
+    arrays = values, columns, pointer
+    return Case(layer, W, column, output, arrays, x, delta, kept, other, k, delta_k)
+
+
+def activation(case):
+    """What x stands for: relu(k0 x + k1), float64, and where that passes a gradient on."""
+    u = case.k[0].astype(np.float64) * case.x + case.k[1]
+    return np.maximum(u, 0), u > 0
+
+
+def gradient(case):
+    """What delta stands for: k0 delta + k1 other + k2, float64."""
+    k = case.delta_k.astype(np.float64)
+    return k[0] * case.delta + k[1] * case.other + k[2]
 
 
 FRAME = 12  # zeros around a map in NumPy, more than any padding here

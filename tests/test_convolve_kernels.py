@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,42 @@ from hypothesis import strategies as st
 
 from dst import kernels
 from dst.network import Layer
-from tests.convolutions import expected, make, near, normal
+from tests.convolutions import activation, expected, gradient, make, near, normal
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
 
 
+class Computed(NamedTuple):
+    """What the kernels give, plainly and (fused) reading activations and gradients."""
+
+    y: Any
+    dx: Any
+    gradient: Any
+    only_dx: Any
+    on_pairs: Any
+    fused_y: Any
+    moments: Any
+    du: Any
+    fused_gradient: Any
+    sums: Any
+    fused_on_pairs: Any
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def computed(layer, threads, values, column, pointer, x, delta, kept, pairs):
-    """y, dx, gradient, and dx alone; dW on the pairs. `threads` is what is compiled for."""
-    y = kernels.convolve(values, column, pointer, x, layer)
-    back = functools.partial(kernels.convolve_backward, values, column, pointer, x, delta)
-    only, _ = back(jnp.zeros(0), layer)
-    on_pairs = kernels.convolve_gradient_on(*pairs, x, delta, layer)
-    return y, *back(kept, layer), only, on_pairs
+def computed(layer, threads, arrays, x, k, delta, kept, pairs):
+    """All of it at once; `threads` is what is compiled for."""
+    plain, plain_delta = kernels.Read(x), kernels.Read(delta[0])
+    read, seen = kernels.Read(x, k), kernels.Read(delta[0], delta[2], delta[1])
+    y, nothing = kernels.convolve(*arrays, plain, layer)
+    dx, gradient, none = kernels.convolve_backward(*arrays, plain, plain_delta, kept, layer)
+    only, _, _ = kernels.convolve_backward(*arrays, plain, plain_delta, jnp.zeros(0), layer)
+    assert nothing.size == none.size == 0
+    return Computed(
+        *(y, dx, gradient, only, kernels.convolve_gradient_on(*pairs, plain, plain_delta, layer)),
+        *kernels.convolve(*arrays, read, layer, moments=True),
+        *kernels.convolve_backward(*arrays, read, seen, kept, layer),
+        kernels.convolve_gradient_on(*pairs, read, seen, layer),
+    )
 
 
 def run(case, threads=0, pairs=None, **changed):
@@ -35,19 +59,33 @@ def run(case, threads=0, pairs=None, **changed):
         rng = np.random.default_rng(8)
         pairs = [rng.integers(-1, n, 60, np.int32) for n in case.W.shape]
     case = case._replace(**changed)
+    delta = case.delta, case.other, case.delta_k
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "THREADS", threads)
-        found = computed(case.layer, threads, *case.arrays, case.x, case.delta, case.kept, pairs)
-    return [np.asarray(a) for a in found], pairs
+        found = computed(case.layer, threads, case.arrays, case.x, case.k, delta, case.kept, pairs)
+    return Computed(*map(np.asarray, found)), pairs
 
 
 def check(case, threads=0):
-    (y, dx, gradient, only_dx, on_pairs), (i, o) = run(case, threads)
+    found, pairs = run(case, threads)
     y64, dx64, dW64 = expected(case)
-    near(y, y64)
-    near(dx, dx64)
-    np.testing.assert_array_equal(only_dx, dx)
-    own = slice(3, case.kept.size - 2)
+    near(found.y, y64)
+    near(found.dx, dx64)
+    np.testing.assert_array_equal(found.only_dx, found.dx)
+    check_gradients(case, found.gradient, found.on_pairs, pairs, dW64)
+    h, passes = activation(case)
+    y64, dx64, dW64 = expected(case._replace(x=h, delta=gradient(case)))
+    du = np.where(passes, dx64, 0)
+    near(found.fused_y, y64)
+    near(found.moments, np.stack([y64.mean((0, 1, 2)), y64.var((0, 1, 2))]))
+    near(found.du, du)
+    sums = np.stack([du.sum((0, 1, 2)), (du * case.x).sum((0, 1, 2))])
+    np.testing.assert_allclose(found.sums, sums, atol=3e-6 * np.abs(du).sum() + 1e-9)
+    check_gradients(case, found.fused_gradient, found.fused_on_pairs, pairs, dW64)
+
+
+def check_gradients(case, gradient, on_pairs, pairs, dW64):
+    own, (i, o) = slice(3, case.kept.size - 2), pairs
     near(gradient[own], case.kept[own] + dW64[case.column, case.output])
     np.testing.assert_array_equal(gradient[:3], case.kept[:3])
     np.testing.assert_array_equal(gradient[-2:], case.kept[-2:])
@@ -156,7 +194,8 @@ def test_the_kernels_are_linear_and_adjoint():
     other = make(4, 40, (7, 6), (5, 4), (3, 2), strides=(1, 2))
     values, column, pointer = case.arrays
     twice = (2 * values, column, pointer)
-    (y, dx, gradient, *_), _ = run(case, kept=np.zeros_like(values))
+    found, _ = run(case, kept=np.zeros_like(values))
+    y, dx, gradient = found[:3]
     x = 2 * case.x - 3 * other.x
     near(run(case, x=x)[0][0], 2 * y - 3 * run(case, x=other.x)[0][0])
     np.testing.assert_array_equal(run(case, arrays=twice)[0][0], 2 * y)

@@ -6,6 +6,7 @@
 #include "convolve.h"
 
 #include "levels.h"
+#include "ring.h"
 #include "vectors.h"
 
 namespace dst {
@@ -16,124 +17,92 @@ constexpr int64_t kSums = 64 * 1024 / (4 * kLanes);
 
 constexpr int64_t kSummed = 16;  // pixels that are summed in float
 
-int64_t at_least(int64_t a, int64_t b) { return a < b ? b : a; }
-int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// The rows of a map that are being read, columns c0 .. c1 - 1, W samples of each channel.
+// Sums of what each unit of a map received: a vector of float lanes, twice, then double.
 template <int W>
-class Ring {
- public:
-  // For what the receiving columns w0 .. w1 - 1 of `g` read.
-  Ring(const Direction& g, const Share& share, const float* map, float* memory, int64_t w0, int64_t w1)
-      : share_(share), map_(map), memory_(memory), stride_(g.columns * g.channels * g.batch),
-        batch_(g.batch), channels_(g.channels), slots_(g.slots) {
-    for (int64_t w = w0; w < w1; w++) {
-      if (g.left[w] < g.right[w]) widen(g.left[w], g.right[w]);
+struct Sums {
+  using T = typename Tile<W>::T;
+  T* lanes;
+  double* total;
+
+  Sums(float* memory, int64_t units) : lanes(reinterpret_cast<T*>(memory)), total(nullptr) {
+    for (int64_t i = 0; i < 2 * units; i++) lanes[i] = T{};
+  }
+  void add(int64_t u, const Tile<W>& a, const Tile<W>& b) {
+    for (int k = 0; k < Tile<W>::V; k++) {
+      lanes[2 * u] += a.v[k];
+      lanes[2 * u + 1] += a.v[k] * b.v[k];
     }
   }
-
-  void widen(int64_t c0, int64_t c1) {
-    c0_ = c0_ < c1_ ? at_most(c0_, c0) : c0;
-    c1_ = at_least(c1_, c1);
-  }
-
-  int64_t next() const { return next_; }
-  void begin(int64_t row) { next_ = row; }
-
-  // Reads on up to row `high`; rows before `low` are not needed any more.
-  void reach(int64_t low, int64_t high) {
-    for (next_ = at_least(next_, low); next_ <= high; next_++) copy(next_);
-  }
-
-  // Where a pixel of a row begins, in channels from `memory`; the column may lie outside.
-  int64_t at(int64_t row, int64_t column) const {
-    return (row % slots_ * (c1_ - c0_) + column - c0_) * channels_;
-  }
-  const float* memory() const { return memory_; }
-
- private:
-  void copy(int64_t row) {
-    const float* from = map_ + row * stride_ + c0_ * channels_ * batch_ + share_.n0;
-    float* to = memory_ + at(row, c0_) * W;
-    const int64_t n = (c1_ - c0_) * channels_;
-    if (share_.live == W) {
-      for (int64_t i = 0; i < n; i++) Tile<W>::load(from + i * batch_).store(to + i * W);
-    } else {
-      for (int64_t i = 0; i < n; i++) {
-        for (int64_t k = 0; k < share_.live; k++) to[i * W + k] = from[i * batch_ + k];
-        for (int64_t k = share_.live; k < W; k++) to[i * W + k] = 0;
-      }
+  void flush(int64_t units) {
+    for (int64_t i = 0; i < 2 * units; i++) {
+      total[i] += sum<Tile<W>::L>(lanes[i]);
+      lanes[i] = T{};
     }
-  }
-
-  const Share& share_;
-  const float* map_;
-  float* memory_;
-  int64_t stride_, batch_, channels_, slots_;
-  int64_t c0_ = 0, c1_ = 0, next_ = 0;
-};
-
-// The rows of which receiving row r reads some: low > high if none. `low` never falls as r grows,
-// so it counts taps outside, too: dilated ones may come inside later.
-struct Reach {
-  int64_t low, high;
-};
-Reach reach_of(const Direction& g, int64_t r) {
-  Reach reach{g.rows, -1};
-  const int32_t* row = g.row + r * g.taps;
-  for (int64_t k = 0; k < g.taps; k++) {
-    reach.low = at_most(reach.low, at_least(row[k], 0));
-    if (k >= g.first[r] && k < g.last[r]) reach.high = at_least(reach.high, row[k]);
-  }
-  return reach;
-}
-
-// A receiving pixel: where in the ring each tap's row begins for it, and its entries.
-template <int W>
-struct Pixel {
-  int64_t start[kMostTaps];
-  const int32_t *begin, *end;  // of unit u: begin[u * step], end[u * step]
-  int64_t step;
-
-  Pixel(const Direction& g, const Ring<W>& ring, int64_t r, int64_t w) : step(g.taps + 1) {
-    for (int64_t k = g.first[r]; k < g.last[r]; k++) {
-      start[k] = ring.at(g.row[r * g.taps + k], g.column[w]);
-    }
-    const int32_t* own = g.begin + g.kind[w] * g.units * step;
-    begin = own + g.first[r];
-    end = own + g.last[r];
   }
 };
 
+// What is done with the numbers that a unit received, where they belong in the map: nothing,
+struct Nothing {
+  template <int W>
+  void operator()(int64_t, int64_t, int64_t, Tile<W>&) const {}
+};
+// the sums of y and of y y,
 template <int W>
+struct Moments {
+  Sums<W>& sums;
+  void operator()(int64_t u, int64_t, int64_t, Tile<W>& y) const { sums.add(u, y, y); }
+};
+// or du = dx where k0 x + k1 > 0, else 0: back through a ReLU; and the sums of du and of du x.
+template <int W>
+struct Masked {
+  const Source& x;
+  int64_t units;
+  Sums<W>& sums;
+  void operator()(int64_t u, int64_t at, int64_t live, Tile<W>& du) const {
+    using T = typename Tile<W>::T;
+    float padded[W] = {};
+    const float* from = x.map + at;
+    if (live < W) {
+      for (int64_t n = 0; n < live; n++) padded[n] = from[n];
+      from = padded;
+    }
+    const auto map = Tile<W>::load(from);
+    const float k0 = x.k[u], k1 = x.k[units + u];
+    for (int k = 0; k < Tile<W>::V; k++) du.v[k] = k0 * map.v[k] + k1 > T{} ? du.v[k] : T{};
+    sums.add(u, du, map);
+  }
+};
+
+template <int W, class After>
 [[gnu::noinline]] void gather(const Direction& g, const Pixel<W>& pixel, const float* ring,
-                              int64_t live, float* out) {
+                              int64_t live, float* map, int64_t at, const After& after) {
   const Entry* entries = g.entries;
-  for (int64_t u = 0; u < g.units; u++, out += g.batch) {
+  for (int64_t u = 0; u < g.units; u++, at += g.batch) {
     auto acc = Tile<W>::zero();
     const int32_t end = pixel.end[u * pixel.step];
     for (int32_t p = pixel.begin[u * pixel.step]; p < end; p++) {
       const Entry e = entries[p];
       acc.add(e.value, ring + (pixel.start[e.tap] + e.offset) * W);
     }
+    after(u, at, live, acc);
     if (live == W) {
-      acc.store(out);
+      acc.store(map + at);
     } else {
       float all[W];
       acc.store(all);
-      for (int64_t k = 0; k < live; k++) out[k] = all[k];
+      for (int64_t n = 0; n < live; n++) map[at + n] = all[n];
     }
   }
 }
 
 // Row r, columns w0 .. w1 - 1 of the map that receives.
-template <int W>
+template <int W, class After>
 void receive(const Direction& g, const Share& share, const Ring<W>& ring, int64_t r, int64_t w0,
-             int64_t w1, float* out) {
+             int64_t w1, float* map, const After& after) {
   for (int64_t w = w0; w < w1; w++) {
     const Pixel<W> pixel(g, ring, r, w);
     const int64_t at = (r * g.width + w) * g.units * g.batch + share.n0;
-    gather<W>(g, pixel, ring.memory(), share.live, out + at);
+    gather<W>(g, pixel, ring.memory(), share.live, map, at, after);
   }
 }
 
@@ -178,16 +147,25 @@ int64_t group_begin(const Convolution& c, int64_t group) {
 }
 
 template <int W>
-void forward_tiles(const Convolution& c, const Share& share, const Rings& rings, const float* x,
-                   float* y) {
+void forward_tiles(const Convolution& c, const Share& share, const Rings& rings, const Source& x,
+                   float* y, double* totals) {
   const Direction& g = c.forward;
+  Sums<W> sums(rings.lanes, totals ? g.units : 0);
   for (int64_t w0 = 0; w0 < g.width; w0 += c.tile) {
     const int64_t w1 = at_most(w0 + c.tile, g.width);
     Ring<W> ring(g, share, x, rings.x, w0, w1);
-    for (int64_t r = group_begin(c, share.group0); r < group_begin(c, share.group1); r++) {
-      const Reach reach = reach_of(g, r);
-      ring.reach(reach.low, reach.high);
-      receive(g, share, ring, r, w0, w1, y);
+    for (int64_t group = share.group0; group < share.group1; group++) {
+      for (int64_t r = group_begin(c, group); r < group_begin(c, group + 1); r++) {
+        const Reach reach = reach_of(g, r);
+        ring.reach(reach.low, reach.high);
+        if (!totals) {
+          receive(g, share, ring, r, w0, w1, y, Nothing{});
+          continue;
+        }
+        sums.total = totals + 2 * g.units * group;
+        receive(g, share, ring, r, w0, w1, y, Moments<W>{sums});
+        sums.flush(g.units);
+      }
     }
   }
 }
@@ -197,9 +175,9 @@ void forward_tiles(const Convolution& c, const Share& share, const Rings& rings,
 template <int W>
 class Backward {
  public:
-  Backward(const Convolution& c, const Share& share, const Rings& rings, const float* x,
-           const float* delta, float* gradient, int64_t w0, int64_t w1)
-      : c_(c), share_(share), sums_(rings.sums), gradient_(gradient), w0_(w0), w1_(w1),
+  Backward(const Convolution& c, const Share& share, const Rings& rings, const Source& x,
+           const Source& delta, float* gradient, int64_t w0, int64_t w1)
+      : c_(c), share_(share), source_(x), sums_(rings.sums), gradient_(gradient), w0_(w0), w1_(w1),
         i0_(w0 == 0 ? 0 : at_most(w0 * c.across, c.backward.width)),
         i1_(w1 == c.forward.width ? c.backward.width : at_most(w1 * c.across, c.backward.width)),
         o0_(group_begin(c, share.group0)), o1_(group_begin(c, share.group1)),
@@ -208,24 +186,38 @@ class Backward {
     if (gradient) delta_.widen(w0, w1);
   }
 
-  void run(float* dx) {
+  // `masked` are the sums of du, what dx becomes through x's ReLU; null if x has none.
+  void run(float* dx, Sums<W>* masked, double* totals) {
     const Direction& back = c_.backward;
-    const int64_t r0 = at_most(o0_ * c_.down, back.height);
-    const int64_t r1 = o1_ == c_.forward.height ? back.height : at_most(o1_ * c_.down, back.height);
+    const int64_t r0 = dx_begin(share_.group0), r1 = dx_begin(share_.group1);
     int64_t begin = o0_;
     for (int64_t r = r0; dx && r < r1; r++) {
       const Reach reach = reach_of(back, r);
       if (reach.low <= reach.high) begin = at_most(begin, reach.low);
     }
     delta_.begin(begin);
-    for (int64_t r = r0; dx && r < r1; r++) {
-      take(reach_of(back, r).high);
-      receive(back, share_, delta_, r, i0_, i1_, dx);
+    for (int64_t group = share_.group0; dx && group < share_.group1; group++) {
+      for (int64_t r = dx_begin(group); r < dx_begin(group + 1); r++) {
+        take(reach_of(back, r).high);
+        if (!masked) {
+          receive(back, share_, delta_, r, i0_, i1_, dx, Nothing{});
+          continue;
+        }
+        masked->total = totals + 2 * back.units * group;
+        receive(back, share_, delta_, r, i0_, i1_, dx, Masked<W>{source_, back.units, *masked});
+        masked->flush(back.units);
+      }
     }
     take(o1_ - 1);
   }
 
  private:
+  // The first row of dx of a group; the last group has what is left.
+  int64_t dx_begin(int64_t group) const {
+    const int64_t height = c_.backward.height;
+    return group == c_.groups ? height : at_most(group_begin(c_, group) * c_.down, height);
+  }
+
   void take(int64_t high) {
     while (delta_.next() <= high) {
       const int64_t r = delta_.next();
@@ -251,6 +243,7 @@ class Backward {
 
   const Convolution& c_;
   const Share& share_;
+  const Source& source_;
   float *sums_, *gradient_;
   const int64_t w0_, w1_, i0_, i1_, o0_, o1_;
   int64_t group_;
@@ -258,14 +251,16 @@ class Backward {
 };
 
 template <int W>
-void backward_tiles(const Convolution& c, const Share& share, const Rings& rings, const float* x,
-                    const float* delta, float* dx, float* gradient) {
+void backward_tiles(const Convolution& c, const Share& share, const Rings& rings, const Source& x,
+                    const Source& delta, float* dx, float* gradient, double* totals) {
   if (gradient) {
     for (int64_t i = 0; i < c.connections * kLanes; i++) rings.sums[i] = 0;
   }
+  Sums<W> masked(rings.lanes, totals ? c.backward.units : 0);
   for (int64_t w0 = 0; w0 < c.forward.width; w0 += c.tile) {
     const int64_t w1 = at_most(w0 + c.tile, c.forward.width);
-    Backward<W>(c, share, rings, x, delta, gradient, w0, w1).run(dx);
+    Backward<W>(c, share, rings, x, delta, gradient, w0, w1)
+        .run(dx, totals ? &masked : nullptr, totals);
   }
 }
 
@@ -310,16 +305,17 @@ void with_width(int64_t width, const F& f) {
   return f(Width<16>{});
 }
 
-void forward(const Convolution& c, const Share& share, const Rings& rings, const float* x, float* y) {
+void forward(const Convolution& c, const Share& share, const Rings& rings, const Source& x, float* y,
+             double* totals) {
   with_width(share.width, [&](auto width) {
-    forward_tiles<decltype(width)::value>(c, share, rings, x, y);
+    forward_tiles<decltype(width)::value>(c, share, rings, x, y, totals);
   });
 }
 
-void backward(const Convolution& c, const Share& share, const Rings& rings, const float* x,
-              const float* delta, float* dx, float* gradient) {
+void backward(const Convolution& c, const Share& share, const Rings& rings, const Source& x,
+              const Source& delta, float* dx, float* gradient, double* totals) {
   with_width(share.width, [&](auto width) {
-    backward_tiles<decltype(width)::value>(c, share, rings, x, delta, dx, gradient);
+    backward_tiles<decltype(width)::value>(c, share, rings, x, delta, dx, gradient, totals);
   });
 }
 

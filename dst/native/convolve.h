@@ -44,25 +44,40 @@ struct Convolution {
   int64_t connections;
 };
 
+// What a map is read as; k has a row of `channels` floats for each coefficient.
+enum class Becomes {
+  kItself,      // x
+  kActivation,  // relu(k0 x + k1): x after batch normalisation and ReLU
+  kGradient,    // k0 x + k1 other + k2: back through a batch normalisation
+};
+struct Source {
+  const float *map, *other, *k;
+  Becomes becomes;
+};
+
 // A part of the work: some groups of output rows, of samples n0 .. n0 + live - 1. The ring holds
 // `width` samples of a channel next to each other, zeros after the live ones.
 struct Share {
   int64_t group0, group1, n0, live, width;
 };
 
-// A thread's own memory: rings of rows of x and of delta, a vector for each connection.
+// A thread's own memory: rings of rows of x and of delta, a vector for each connection, two for each
+// unit that receives.
 struct Rings {
-  float *x, *delta, *sums;
+  float *x, *delta, *sums, *lanes;
 };
 
 struct ConvolutionLevel {
   int64_t width, lanes;  // samples at a time, at most; floats of a vector
-  // y of the share.
-  void (*forward)(const Convolution&, const Share&, const Rings&, const float* x, float* y);
+  // y of the share, and added to `totals` (groups, units, 2), unless that is null, the sums of y and
+  // of y y.
+  void (*forward)(const Convolution&, const Share&, const Rings&, const Source& x, float* y,
+                  double* totals);
   // dx of the share's rows, and the weight gradient of each of its groups (groups, connections) added
-  // to `gradient`; either may be null.
-  void (*backward)(const Convolution&, const Share&, const Rings&, const float* x,
-                   const float* delta, float* dx, float* gradient);
+  // to `gradient`; either may be null. With `totals`, dx goes on through the ReLU of x, an activation,
+  // and the sums of that and of its products with x's map are added to them.
+  void (*backward)(const Convolution&, const Share&, const Rings&, const Source& x,
+                   const Source& delta, float* dx, float* gradient, double* totals);
   // total (C, 2): the sums of a and of a b of each channel over (pixels, C, N); lanes: 2 C vectors.
   void (*channel_sums)(const float* a, const float* b, int64_t pixels, int64_t C, int64_t N,
                        float* lanes, double* total);

@@ -10,96 +10,12 @@
 #include "handlers.h"
 #include "lists.h"
 #include "memory.h"
+#include "work.h"
 
 namespace dst {
 namespace {
 
-constexpr int64_t kRing = 320 * 1024;     // bytes that a ring should have: a third of an L2 cache
-constexpr int64_t kLeastColumns = 4;      // of a tile, even if its ring is larger
-constexpr int64_t kNarrow = 32;           // samples down to which the batch is cut for that
-constexpr int64_t kMostGroups = 8;        // of output rows, a batch chunk
-constexpr int64_t kGroup = 16;            // output pixels that a group should have
-constexpr int64_t kPiece = 4096;          // connections of S at a time
-
-// ------------------------------------------------------------------------------------ work, divided
-// Samples taken together: as many as the level can, fewer where a ring would leave the cache.
-int64_t widest(const Geometry& g, const ConvolutionLevel& level) {
-  const int64_t span = (g.kw - 1) * g.dilation_across + 1, slots = (g.kh - 1) * g.dilation_down + 1;
-  const int64_t columns = std::min(g.W, span + (kLeastColumns - 1) * g.across);
-  const int64_t channels = std::max(g.C, g.Co);
-  int64_t width = level.width;
-  const int64_t bytes = 4 * std::min(slots, g.H) * columns * channels;  // of a sample
-  while (width > kNarrow && bytes * width > 2 * kRing) width /= 2;
-  return width;
-}
-
-// Output columns of a tile.
-int64_t tile_of(const Geometry& g, int64_t width) {
-  const int64_t slots = std::min(g.H, (g.kh - 1) * g.dilation_down + 1);
-  const int64_t columns = kRing / (4 * slots * std::max(g.C, g.Co) * width);
-  const int64_t span = (g.kw - 1) * g.dilation_across + 1;
-  const int64_t fits = std::max(kLeastColumns, (columns - span) / g.across + 1);
-  const int64_t tiles = (g.Wo + fits - 1) / fits;
-  return (g.Wo + tiles - 1) / tiles;
-}
-
-// The batch in chunks: the last ones as wide as they must, if that is not much wider than they are.
-std::vector<Share> chunks_of(int64_t N, int64_t width) {
-  std::vector<Share> chunks;
-  for (int64_t n = 0; n < N;) {
-    int64_t w = width;
-    while (w > 16 && w / 2 >= N - n) w /= 2;
-    if (w > 16 && N - n < w - w / 4) w /= 2;
-    const int64_t live = std::min(w, N - n);
-    chunks.push_back({0, 0, n, live, w});
-    n += live;
-  }
-  return chunks;
-}
-
-// Groups of output rows, whose number sets the order of the sums: not a matter of threads.
-int64_t groups_of(const Geometry& g, int64_t chunks) {
-  const int64_t pixels = g.Ho * g.Wo;
-  const int64_t wanted = std::clamp<int64_t>(pixels / kGroup, chunks == 1 ? 2 : 1, kMostGroups);
-  return std::max<int64_t>(1, std::min(g.Ho, wanted));
-}
-
-// The shares: chunks, cut by groups where there are too few of them for the threads.
-std::vector<Share> shares_of(const std::vector<Share>& chunks, int64_t groups, int64_t threads) {
-  const int64_t count = int64_t(chunks.size());
-  const int64_t cuts = count % threads == 0 ? 1 : std::min(groups, threads);
-  std::vector<Share> shares;
-  for (int64_t cut = 0; cut < cuts; cut++) {
-    for (Share share : chunks) {
-      share.group0 = groups * cut / cuts;
-      share.group1 = groups * (cut + 1) / cuts;
-      shares.push_back(share);
-    }
-  }
-  return shares;
-}
-
-// Floats of a ring: the widest tile's columns, in all its slots.
-int64_t ring_size(const Convolution& c, const Direction& g, int64_t width, bool back) {
-  int64_t most = 0;
-  for (int64_t w0 = 0; w0 < c.forward.width; w0 += c.tile) {
-    const int64_t w1 = std::min(w0 + c.tile, c.forward.width);
-    int64_t r0 = w0, r1 = w1, c0 = g.columns, c1 = 0;
-    if (back) {
-      r0 = w0 == 0 ? 0 : std::min(w0 * c.across, g.width);
-      r1 = w1 == c.forward.width ? g.width : std::min(w1 * c.across, g.width);
-      c0 = w0;
-      c1 = w1;
-    }
-    for (int64_t w = r0; w < r1; w++) {
-      if (g.left[w] == g.right[w]) continue;
-      c0 = std::min<int64_t>(c0, g.left[w]);
-      c1 = std::max<int64_t>(c1, g.right[w]);
-    }
-    most = std::max(most, c1 - c0);
-  }
-  return (most * g.slots * g.channels * width + 15) / 16 * 16;
-}
+constexpr int64_t kPiece = 4096;  // connections of S at a time
 
 // ---------------------------------------------------------------------------------------- arguments
 // An attribute of every call: rows and columns of the kernel, strides, padding before, dilations.
@@ -159,60 +75,82 @@ ffi::ErrorOr<Array<Link>> links_of(const Geometry& g, const Floats& values, cons
   return links;
 }
 
-// Everything that a call shares between its threads.
-struct Call {
-  const ConvolutionLevel& level = *dst::level().convolution;
-  Geometry g;
-  Listed ahead, back;
-  std::vector<Share> chunks;
-  Convolution c;
-  int64_t x_ring, delta_ring;
+// A map as it is read: with k (2, C) as an activation; with other and k (3, C) as a gradient.
+ffi::ErrorOr<Source> source_of(const Floats& map, const Floats* other, const Floats& k) {
+  const int64_t C = map.dimensions()[3], coefficients = other ? 3 : 2;
+  if (k.element_count() == 0) return Source{map.typed_data(), nullptr, nullptr, Becomes::kItself};
+  if (int64_t(k.element_count()) != coefficients * C ||
+      (other && other->element_count() != map.element_count())) {
+    return ffi::Unexpected(wrong("dst: k is (2, C), or (3, C) beside another map; or empty."));
+  }
+  return Source{map.typed_data(), other ? other->typed_data() : nullptr, k.typed_data(),
+                other ? Becomes::kGradient : Becomes::kActivation};
+}
 
-  Call(const Geometry& g, const Array<Link>& links, bool dx)
-      : g(g), ahead(g, false, links), back(g, true, dx ? links : Array<Link>()),
-        chunks(chunks_of(g.N, widest(g, level))) {
-    const int64_t width = chunks.empty() ? 16 : chunks[0].width;
-    c = {ahead.direction, back.direction, g.down, g.across, tile_of(g, width),
-         groups_of(g, int64_t(chunks.size())), int64_t(links.size())};
-    x_ring = ring_size(c, c.forward, width, false);
-    delta_ring = ring_size(c, c.backward, width, true);
+// The totals (parts, units, 2) of a map: out (2, units), with `count` mean and variance.
+void write_sums(const Array<double>& totals, int64_t units, int64_t count, float* out) {
+  const int64_t parts = int64_t(totals.size()) / (2 * units);
+  for (int64_t u = 0; u < units; u++) {
+    double one = 0, two = 0;
+    for (int64_t part = 0; part < parts; part++) {
+      one += totals[(part * units + u) * 2];
+      two += totals[(part * units + u) * 2 + 1];
+    }
+    if (count) {
+      one /= double(count);
+      two = two / double(count) - one * one;
+      if (two < 0) two = 0;  // a NaN stays one
+    }
+    out[u] = float(one);
+    out[units + u] = float(two);
   }
+}
 
-  // A part's own memory: of a backward pass also the ring of delta, and sums for a gradient.
-  int64_t floats(bool delta, bool sums) const {
-    return x_ring + (delta ? delta_ring : 0) + (sums ? c.connections * level.lanes : 0);
+// Adds parts (parts, n), summed in double, to `out` (n).
+void add_up(const Array<float>& parts, int64_t n, float* out) {
+  for (int64_t p = 0; p < n; p++) {
+    double sum = 0;
+    for (size_t at = p; at < parts.size(); at += n) sum += parts[at];
+    out[p] += float(sum);
   }
-  Rings rings(const Lease& lease, bool delta) const {
-    float* const next = lease.data() + x_ring;
-    return {lease.data(), next, delta ? next + delta_ring : next};
-  }
-};
+}
 
 // ----------------------------------------------------------------------------------------- handlers
-ffi::Error convolve(ffi::ThreadPool pool, Floats values, Ints column, Ints pointer, Floats x,
-                    FloatResult y, Taps taps, int64_t threads) {
+ffi::Error convolve(ffi::ThreadPool pool, Floats values, Ints column, Ints pointer, Floats x, Floats k,
+                    FloatResult y, FloatResult moments, Taps taps, int64_t threads) {
   const auto g = geometry_of(x, *y, taps);
   if (!g.has_value()) return g.error();
   const auto links = links_of(*g, values, column, pointer);
   if (!links.has_value()) return links.error();
+  const auto source = source_of(x, nullptr, k);
+  if (!source.has_value()) return source.error();
+  const int64_t units = moments->element_count() / 2;
+  if (units && units != g->Co) return wrong("dst_convolve: moments are (2, C'), or empty.");
   const Call call(*g, *links, false);
   threads = threads_for(pool, (int64_t(links->size()) + g->Co) * g->N * g->Ho * g->Wo, threads);
+  const int64_t each = 2 * units * call.c.groups, chunks = int64_t(call.chunks.size());
+  Array<double> totals(chunks * each, 0.0);
   const auto shares = shares_of(call.chunks, call.c.groups, threads);
   parallel_for(pool, int64_t(shares.size()), threads, [&](int64_t s) {
-    const Lease lease(call.floats(false, false));
-    call.level.forward(call.c, shares[s], call.rings(lease, false), x.typed_data(),
-                       y->typed_data());
+    const Lease lease(call.floats(false, false, units));
+    call.level.forward(call.c, shares[s], call.rings(lease, false, false), *source, y->typed_data(),
+                       units ? totals.data() + s % chunks * each : nullptr);
   });
+  if (units) write_sums(totals, units, g->N * g->Ho * g->Wo, moments->typed_data());
   return ffi::Error::Success();
 }
 
 ffi::Error convolve_backward(ffi::ThreadPool pool, Floats values, Ints column, Ints pointer,
-                             Floats x, Floats delta, Floats before, FloatResult dx, FloatResult gradient,
+                             Floats x, Floats k, Floats delta, Floats other, Floats delta_k,
+                             Floats before, FloatResult dx, FloatResult gradient, FloatResult sums,
                              Taps taps, int64_t threads) {
   const auto g = geometry_of(x, delta, taps);
   if (!g.has_value()) return g.error();
   const auto links = links_of(*g, values, column, pointer);
   if (!links.has_value()) return links.error();
+  const auto read = source_of(x, nullptr, k), seen = source_of(delta, &other, delta_k);
+  if (!read.has_value()) return read.error();
+  if (!seen.has_value()) return seen.error();
   const bool with_dx = dx->element_count() > 0, with_gradient = gradient->element_count() > 0;
   if (with_dx && dx->element_count() != x.element_count()) {
     return wrong("dst_convolve_backward: dx is shaped as x, or empty.");
@@ -221,37 +159,42 @@ ffi::Error convolve_backward(ffi::ThreadPool pool, Floats values, Ints column, I
                         before.element_count() != values.element_count())) {
     return wrong("dst_convolve_backward: the gradient has K entries, or none.");
   }
+  const int64_t units = with_dx && read->becomes == Becomes::kActivation ? g->C : 0;
+  if (int64_t(sums->element_count()) != 2 * units) {
+    return wrong("dst_convolve_backward: with dx of an activation sums are (2, C), else empty.");
+  }
   const Call call(*g, *links, with_dx);
-  const int64_t n = call.c.connections, groups = call.c.groups;
+  const int64_t n = call.c.connections, groups = call.c.groups, chunks = int64_t(call.chunks.size());
   threads = threads_for(pool, 2 * (n + g->C) * g->N * g->Ho * g->Wo, threads);
-  Array<float> sums;  // (chunks, groups, connections)
-  if (with_gradient) sums.assign(call.chunks.size() * groups * n, 0.0f);
+  Array<float> parts;  // (chunks, groups, connections)
+  if (with_gradient) parts.assign(chunks * groups * n, 0.0f);
+  Array<double> totals(chunks * groups * 2 * units, 0.0);
   const auto shares = shares_of(call.chunks, groups, threads);
   parallel_for(pool, int64_t(shares.size()), threads, [&](int64_t s) {
-    const int64_t chunk = s % int64_t(call.chunks.size());
-    const Lease lease(call.floats(true, with_gradient));
-    call.level.backward(call.c, shares[s], call.rings(lease, true), x.typed_data(),
-                        delta.typed_data(),
+    const int64_t chunk = s % chunks;
+    const Lease lease(call.floats(true, with_gradient, units));
+    call.level.backward(call.c, shares[s], call.rings(lease, true, with_gradient), *read, *seen,
                         with_dx ? dx->typed_data() : nullptr,
-                        with_gradient ? sums.data() + chunk * groups * n : nullptr);
+                        with_gradient ? parts.data() + chunk * groups * n : nullptr,
+                        units ? totals.data() + chunk * groups * 2 * units : nullptr);
   });
+  if (units) write_sums(totals, units, 0, sums->typed_data());
   if (!with_gradient) return ffi::Error::Success();
   if (gradient->typed_data() != before.typed_data()) {
     std::memcpy(gradient->typed_data(), before.typed_data(), before.size_bytes());
   }
-  float* own = gradient->typed_data() + pointer.typed_data()[0];
-  for (int64_t p = 0; p < n; p++) {
-    double sum = 0;
-    for (size_t part = 0; part < call.chunks.size() * groups; part++) sum += sums[part * n + p];
-    own[p] += float(sum);
-  }
+  add_up(parts, n, gradient->typed_data() + pointer.typed_data()[0]);
   return ffi::Error::Success();
 }
 
-ffi::Error convolve_gradient_on(ffi::ThreadPool pool, Ints column, Ints output, Floats x,
-                                Floats delta, FloatResult out, Taps taps, int64_t threads) {
+ffi::Error convolve_gradient_on(ffi::ThreadPool pool, Ints column, Ints output, Floats x, Floats k,
+                                Floats delta, Floats other, Floats delta_k, FloatResult out,
+                                Taps taps, int64_t threads) {
   const auto g = geometry_of(x, delta, taps);
   if (!g.has_value()) return g.error();
+  const auto read = source_of(x, nullptr, k), seen = source_of(delta, &other, delta_k);
+  if (!read.has_value()) return read.error();
+  if (!seen.has_value()) return seen.error();
   const int64_t n = out->element_count();
   if (int64_t(column.element_count()) != n || int64_t(output.element_count()) != n) {
     return wrong("dst_convolve_gradient_on: column, output and the result have one length.");
@@ -270,23 +213,18 @@ ffi::Error convolve_gradient_on(ffi::ThreadPool pool, Ints column, Ints output, 
     }
     if (outside) return;
     Call call(*g, links, false);
-    const int64_t groups = call.c.groups;
+    const int64_t groups = call.c.groups, chunks = int64_t(call.chunks.size());
     call.c.connections = p1 - p0;  // positions, that is: those of negative pairs stay 0
-    Array<float> sums((p1 - p0) * groups * call.chunks.size(), 0.0f);
-    const Lease lease(call.floats(true, true));
-    for (size_t k = 0; k < call.chunks.size(); k++) {
-      Share share = call.chunks[k];
+    Array<float> parts((p1 - p0) * groups * chunks, 0.0f);
+    const Lease lease(call.floats(true, true, 0));
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      Share share = call.chunks[chunk];
       share.group1 = groups;
-      call.level.backward(call.c, share, call.rings(lease, true), x.typed_data(),
-                          delta.typed_data(), nullptr, sums.data() + k * groups * (p1 - p0));
+      call.level.backward(call.c, share, call.rings(lease, true, true), *read, *seen, nullptr,
+                          parts.data() + chunk * groups * (p1 - p0), nullptr);
     }
-    for (int64_t p = 0; p < p1 - p0; p++) {
-      double sum = 0;
-      for (size_t part = 0; part < call.chunks.size() * groups; part++) {
-        sum += sums[part * (p1 - p0) + p];
-      }
-      out->typed_data()[p0 + p] = float(sum);
-    }
+    std::fill_n(out->typed_data() + p0, p1 - p0, 0.0f);
+    add_up(parts, p1 - p0, out->typed_data() + p0);
   });
   if (outside) return wrong("dst_convolve_gradient_on: a pair lies outside of the kernel.");
   return ffi::Error::Success();
@@ -304,6 +242,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstConvolve, dst::convolve,
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
                                   .Ret<Floats>() DST_ATTRIBUTES);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DstConvolveBackward, dst::convolve_backward,
                               ffi::Ffi::Bind()
@@ -314,6 +254,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstConvolveBackward, dst::convolve_backward,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>() DST_ATTRIBUTES);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DstConvolveGradientOn, dst::convolve_gradient_on,
@@ -321,6 +265,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstConvolveGradientOn, dst::convolve_gradient_on,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Ret<Floats>() DST_ATTRIBUTES);
