@@ -6,6 +6,7 @@ an unmodified model, and their kernels are never created, not even by `init`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from flax.core import tracers
 
 from dst.arena import VALUES, Arena, Connections, Part
 from dst.convolution import convolve, faster
+from dst.fusion import Marks, fused, plainly
 from dst.network import Network, is_foreign, is_layer, layer_path, skipped
 from dst.normalization import batch_norm, fits
 from dst.products import (
@@ -51,12 +53,30 @@ def forward(
 
     `frozen` says that no gradient of the sparse layers' values will be asked for.
     """
-    interceptor = faster
-    if isinstance(connections, Arena):
-        interceptor = sparse_layers(connections, params[VALUES]["kernel"], frozen)
-    variables = variables_of(params, connections, collections)
-    with nn.intercept_methods(interceptor):
-        return net.model.apply(variables, *args, **kwargs)
+
+    def run(marks, params, connections, collections, args, kwargs):
+        interceptor = faster
+        if isinstance(connections, Arena):
+            interceptor = sparse_layers(connections, params[VALUES]["kernel"], frozen, marks)
+        variables = variables_of(params, connections, collections)
+        with nn.intercept_methods(interceptor):
+            return net.model.apply(variables, *args, **kwargs)
+
+    given = params, connections, collections, args, kwargs
+    if not fusible(net, params, connections):
+        return run(None, *given)
+    marks = Marks()
+    return fused(functools.partial(run, marks), marks, *given)[0]
+
+
+def fusible(net: Network, params: Any, connections: Connections) -> bool:
+    """Whether kernels may compute more than one operation of this model at once."""
+    if not net.fuse or not isinstance(connections, Arena):
+        return False
+    maps = any(part.layer.kind == "conv" for part in connections.parts)
+    values = params[VALUES]["kernel"]
+    # Elsewhere than within a trace, the model would be traced again in every call.
+    return maps and compiled(values) and isinstance(values, jax.core.Tracer)
 
 
 def variables_of(params: Any, connections: Connections, collections: Mapping) -> dict[str, Any]:
@@ -86,8 +106,11 @@ def part_of(module: nn.Module, parts: Mapping[str, Part]) -> Part | None:
     return part if part and module.has_variable(VALUES, "values") else None
 
 
-def sparse_layers(arena: Arena, values: Array, frozen: bool) -> Callable:
-    """Interceptor: y = W h + b of the sparse layers, from the arena."""
+def sparse_layers(
+    arena: Arena, values: Array, frozen: bool, marks: Marks | None = None
+) -> Callable:
+    """Interceptor: y = W h + b of the sparse layers, from the arena; `marks` of fusing."""
+    mark = marks.run if marks else plainly
     parts = {part.layer.path: part for part in arena.parts}
     maps = any(part.layer.kind == "conv" for part in arena.parts)
     passed, outside = [values], tracers.current_trace()
@@ -99,7 +122,7 @@ def sparse_layers(arena: Arena, values: Array, frozen: bool) -> Callable:
             if context.method_name == "__call__" and isinstance(module, nn.BatchNorm):
                 x, others = (args[0], args[1:]) if args else (kwargs["x"], ())
                 if maps and compiled(values) and fits(module, x, others, kwargs):
-                    return batch_norm(module, x)
+                    return batch_norm(module, x, mark)
             return next_fun(*args, **kwargs)
         bias = module.get_variable("params", "bias") if module.use_bias else None
         h, _, bias = module.promote_dtype(
@@ -108,7 +131,7 @@ def sparse_layers(arena: Arena, values: Array, frozen: bool) -> Callable:
         # One chain of values through all layers, see `products`. A trace of its own (nn.remat)
         # would leak them: such a layer begins a chain, at the cost of K more numbers.
         chained = not frozen and tracers.current_trace() == outside
-        y, left = linear(part, module, h, bias, passed[0] if chained else None, frozen)
+        y, left = linear(part, module, h, bias, passed[0] if chained else None, frozen, mark)
         if chained:
             passed[0] = left
         return y
@@ -123,6 +146,7 @@ def linear(
     bias: Array | None = None,
     values: Array | None = None,
     frozen: bool = False,
+    mark: Callable = plainly,
 ) -> tuple[Array, Array]:
     """W h + b of a sparse layer and its `values`, by default those in the module's collection.
 
@@ -144,10 +168,14 @@ def linear(
         return y.T.reshape(*h.shape[:-1], part.n_out).astype(h.dtype), values
     images = h.reshape(-1, *h.shape[-3:])
     if covered(part.layer, values, h):
-        if frozen:
-            y = frozen_convolution(part, values, arena, images)
-        else:
-            y, values = convolution(part, values, arena, images)
+        body = frozen_convolution if frozen else convolution
+
+        def region(values, column, pointer, x):
+            return body(part, values, Arena(column, pointer, ()), x)
+
+        what = "convolution", part, frozen
+        found = mark(what, region, values, arena.column, arena.pointer, images)
+        y, values = (found, values) if frozen else found
         if bias is not None:
             y = add_channel_bias(y, bias)
     else:

@@ -121,8 +121,8 @@ def gradient_on(i: Array, o: Array, x: Array, delta: Array) -> Array:
 class Read(NamedTuple):
     """A map (N, H, W, C) as a kernel reads it: itself, or what it computes on the way.
 
-    An activation x is relu(k[0] x + k[1]), k (2, C): what batch normalisation and ReLU make of x. A
-    gradient is k[0] delta + k[1] y + k[2], k (3, C), y `other`: delta through a batch normalisation.
+    An activation x is relu(k[0] x + k[1]), k (2, C): what batch normalisation and ReLU make of x.
+    A gradient is k[0] delta + k[1] y + k[2], k (3, C), y `other`: delta through a batch norm.
     """
 
     map: Array
@@ -162,8 +162,8 @@ def convolve_backward(
     """dx, and dL/dw added to the layer's range of `gradient`, in place if XLA can give it away.
 
     If x is an activation, dx is du, the gradient of what its ReLU reads, and sums are those of du
-    and du x of each channel: (2, n_in), else (0,). A gradient of no entries is not computed. Shapes:
-    x (N, H, W, n_in), delta (N, H', W', n_out), gradient (K,) -> dx as x, gradient (K,), sums.
+    and du x of each channel: (2, n_in), else (0,). A gradient of no entries is not computed.
+    Shapes: x (N, H, W, n_in), delta (N, H', W', n_out), gradient (K,) -> dx as x, gradient, sums.
     """
     sums = jax.ShapeDtypeStruct((0,) if x.k is None else (2, layer.n_in), jnp.float32)
     call = _kernel(

@@ -75,6 +75,7 @@ class Network(NamedTuple):
     kwargs: dict[str, Any]
     execution: str = "masked"  # or "sparse"
     sown: frozenset[Path] = frozenset()  # what the model sows, which no state holds
+    fuse: bool = True  # whether sparse kernels may compute several operations at once
 
     @property
     def possible(self) -> int:
@@ -119,13 +120,15 @@ def network(
     *args: Any,
     sparse: Callable[[str], bool] = lambda path: True,
     execution: str = "masked",
+    fuse: bool = True,
     **kwargs: Any,
 ) -> Network:
     """Find the sparse kernels of `model` in `model(*args, **kwargs)`, without computing that.
 
     Args: example inputs as arrays or shapes; `sparse(path)` says which of the `nn.Dense` and
     `nn.Conv` layers are (default: all); `execution` whether they are held as dense arrays with
-    masks or truly sparse. Errors: a chosen layer that the probes do not cover, anything under
+    masks or truly sparse; `fuse` whether its kernels may compute what surrounds a convolution, too.
+    Errors: a chosen layer that the probes do not cover, anything under
     nn.jit. A kernel of another kind stays dense, which is logged.
     """
     check_field("execution", execution)
@@ -151,6 +154,7 @@ def network(
             _refuse(path, "its kernel is not stored at its own path")
     # JAX gives dicts of layers back sorted by path, which is not always the parameters' order.
     net = Network(model, dict(sorted(layers.items())), dense, shapes, kwargs, execution)
+    net = net._replace(fuse=fuse)
     _refuse_size(net, variables["params"])
     return net._replace(sown=_sown(net, variables))
 

@@ -8,11 +8,13 @@ double; the rest stays elementwise and XLA's.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dst import kernels
@@ -38,12 +40,17 @@ def fits(module: nn.Module, x: Any, args: tuple, kwargs: dict) -> bool:
     return frozen is False and plain and maps
 
 
-def batch_norm(module: nn.BatchNorm, x: Array) -> Array:
-    """The module's output; its running averages are updated: (N, H, W, C) -> (N, H, W, C)."""
-    ones, zeros = jnp.ones(x.shape[3]), jnp.zeros(x.shape[3])
+def batch_norm(module: nn.BatchNorm, x: Array, mark: Callable) -> Array:
+    """The module's output; its running averages are updated: (N, H, W, C) -> (N, H, W, C).
+
+    `mark(what, body, *args)` calls the body, see `fusion.Marks`.
+    """
+    # Constants of the trace, which are there when the convolution before them is met.
+    ones, zeros = np.ones(x.shape[3], np.float32), np.zeros(x.shape[3], np.float32)
     scale = module.get_variable("params", "scale") if module.use_scale else ones
     bias = module.get_variable("params", "bias") if module.use_bias else zeros
-    y, mean, variance = normalise(module.epsilon, x, scale, bias)
+    body = functools.partial(normalise, module.epsilon)
+    y, mean, variance = mark(("norm", module.epsilon), body, x, scale, bias)
     for name, new in (("mean", mean), ("var", variance)):
         old: Array = module.get_variable("batch_stats", name)
         new = module.momentum * old + (1 - module.momentum) * new

@@ -1,0 +1,136 @@
+"""What the kernels compute at once: convolution and batch norm, pooling, addition and ReLU.
+
+Batch normalisation makes u = k[0] y + k[1] of a convolution's y, with k (2, C) from y's moments. u
+is never stored: whatever reads it gets the pair (y, k), and the kernels compute u as they read y.
+The cotangent of such a pair is, by convention, (du, [sum du, sum du y]), sums of each channel: what
+batch normalisation needs on its way back, summed where du was made. Both are linear in du, so that
+autodiff may add up those of several readers; but it is no true cotangent. So nothing may see a pair
+but these functions: `dst.fusion` keeps them in a type of its own.
+
+    x ──convolution──> y, moments ──> k          forwards
+                       (y, k) ──> ReLU inside the next convolution, pooling, joining
+    dx <── dy = k'[0] du + k'[1] y + k'[2] <── (du, sums)     backwards, dy never stored either
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dst import kernels
+from dst.arena import Arena, Part
+from dst.kernels import Read
+
+Array = jax.Array
+
+
+class Normed(NamedTuple):
+    """What `convolution_norm` gives: the pair (y, k), moments (C,), the values for the chain."""
+
+    y: Array
+    k: Array
+    mean: Array
+    variance: Array
+    values: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def convolution_norm(
+    part: Part,
+    epsilon: float,
+    frozen: bool,
+    values: Array,
+    arena: Arena,
+    x: Read,
+    scale: Array,
+    bias: Array,
+) -> Normed:
+    """Batch normalisation in train mode of W * x; x is a map, or the pair of a ReLU's output.
+
+    Shapes: x (N, H, W, n_in), scale and bias (n_out,) -> y (N, H', W', n_out). `frozen`: no
+    gradient of the values is wanted.
+    """
+    return _norm_forward(part, epsilon, frozen, values, arena, x, scale, bias)[0]
+
+
+def _norm_forward(part, epsilon, frozen, values, arena, x, scale, bias):
+    pointer = arena.pointer_of(part)
+    y, (mean, variance) = kernels.convolve(
+        values, arena.column, pointer, x, part.layer, moments=True
+    )
+    factor = scale * lax.rsqrt(variance + epsilon)
+    k = jnp.stack([factor, bias - mean * factor])
+    return Normed(y, k, mean, variance, values), (values, arena, x, y, mean, variance, scale)
+
+
+def _norm_backward(part, epsilon, frozen, saved, cotangents):
+    values, arena, x, y, mean, variance, scale = saved
+    du, (d_bias, products), d_mean, d_variance, gradient = cotangents
+    count = y.size // y.shape[3]
+    inverse = lax.rsqrt(variance + epsilon)
+    d_scale = inverse * (products - mean * d_bias)
+    factor = scale * inverse
+    # dy = factor du + b (y - mean) + c, a channel each: as in `normalization`.
+    b = (2 * d_variance - factor * inverse * d_scale) / count
+    c = (d_mean - factor * d_bias) / count
+    dy = Read(du, jnp.stack([factor, b, c - b * mean]), y)
+    wanted = jnp.zeros(0, values.dtype) if frozen else gradient
+    dx, found, sums = kernels.convolve_backward(
+        values, arena.column, arena.pointer_of(part), x, dy, wanted, part.layer
+    )
+    d_x = Read(dx, None if x.k is None else sums)
+    return gradient if frozen else found, None, d_x, d_scale, d_bias
+
+
+convolution_norm.defvjp(_norm_forward, _norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def materialised(relu: bool, y: Array, k: Array) -> Array:
+    """u of a pair, or relu(u), as a map: where something else reads it."""
+    u = y * k[0] + k[1]
+    return jnp.maximum(u, 0) if relu else u
+
+
+def _materialised_backward(relu, saved, delta):
+    y, k = saved
+    du = jnp.where(y * k[0] + k[1] > 0, delta, 0) if relu else delta
+    return du, jnp.stack(kernels.channel_sums(du, y))
+
+
+materialised.defvjp(lambda relu, y, k: (materialised(relu, y, k), (y, k)), _materialised_backward)
+
+
+@jax.custom_vjp
+def pooled(y: Array, k: Array) -> Array:
+    """2x2 max-pooling of relu(u): (N, H, W, C) -> (N, H/2, W/2, C)."""
+    return kernels.pool(y, k)
+
+
+pooled.defvjp(
+    lambda y, k: (pooled(y, k), (y, k)), lambda saved, delta: kernels.pool_backward(*saved, delta)
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def joined(readers: int, y: Array, k: Array, r: Array) -> tuple[Array, ...]:
+    """relu(u + r), once or twice: each of two readers takes its own, so that the kernel adds up."""
+    return (kernels.join(y, k, r),) * readers
+
+
+def _joined_forward(readers, y, k, r):
+    z = joined(readers, y, k, r)
+    return z, (z[0], y)
+
+
+def _joined_backward(readers, saved, deltas):
+    first, second = (*deltas, jnp.zeros(0))[:2]
+    du, sums = kernels.join_backward(first, second, *saved)
+    return du, sums, du
+
+
+joined.defvjp(_joined_forward, _joined_backward)

@@ -1,0 +1,266 @@
+"""Finds in an unmodified model what `dst.fused` computes at once: the jaxpr, evaluated lazily.
+
+The interceptor of `dst.execution` runs a sparse convolution, and batch normalisation in train mode,
+as jitted regions that `Marks` knows by name. The model is traced once, and its equations evaluated
+one after the other; what is not recognised simply runs, a region too: its body is the plain
+operation. What is recognised may stay lazy:
+
+    equation                           reads               gives
+    convolution, read only by a norm   map or Pair(relu)   nothing yet
+    batch norm of that                                     Pair: one kernel for both
+    nn.relu                            Pair                Pair(relu): nothing is computed
+    addition of a map                  Pair                Sum, if only nn.relu reads it
+    nn.relu                            Sum                 map: one kernel, `joined`
+    2x2 max-pooling                    Pair(relu)          map: one kernel, `pooled`
+    anything else                      Pair                computes u first: `materialised`
+
+Under nn.remat, in evaluation and wherever no trace is being made, nothing is recognised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.extend import core
+
+from dst.arena import Arena
+from dst.fused import convolution_norm, joined, materialised, pooled
+from dst.kernels import Read
+
+Array = jax.Array
+
+
+def plainly(what: tuple, body: Callable, *args: Any) -> Any:
+    """body(*args), where nothing is to be recognised."""
+    return body(*args)
+
+
+class Marks:
+    """The regions of one trace, by the names that their equations have."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, tuple] = {}
+
+    def run(self, what: tuple, body: Callable, *args: Any) -> Any:
+        """body(*args) as a region that is recognised as `what`."""
+
+        def region(*args):
+            return body(*args)
+
+        region.__name__ = f"dst_{what[0]}_{len(self.known)}"
+        self.known[region.__name__] = what
+        return jax.jit(region)(*args)
+
+
+@dataclasses.dataclass
+class Pair:
+    """u = k[0] y + k[1], or relu(u), that nobody has computed: see `dst.fused`."""
+
+    y: Array
+    k: Array
+    relu: bool = False
+    map: Array | None = None
+
+    def array(self) -> Array:
+        if self.map is None:
+            self.map = materialised(self.relu, self.y, self.k)
+        return self.map
+
+
+@dataclasses.dataclass
+class Sum:
+    """u + r, which nn.relu reads next."""
+
+    pair: Pair
+    r: Array
+
+
+@dataclasses.dataclass
+class Copies:
+    """A map, once for each of its readers."""
+
+    left: list[Array]
+
+    def array(self) -> Array:
+        return self.left.pop() if len(self.left) > 1 else self.left[0]
+
+
+def fused(call: Callable[..., Any], marks: Marks, *args: Any) -> tuple[Any, int]:
+    """call(*args), a pytree, and how many convolutions were fused. `call` is traced once."""
+    leaves, tree = jax.tree.flatten(args)
+    varying = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    rest: list[Any] = []  # what call gives beside arrays
+
+    def traced(*arrays):
+        given = iter(arrays)
+        all_args = [next(given) if v else leaf for v, leaf in zip(varying, leaves, strict=True)]
+        found, out_tree = jax.tree.flatten(call(*jax.tree.unflatten(tree, all_args)))
+        is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in found]
+        rest[:] = [out_tree, is_array, found]
+        return [leaf for leaf, array in zip(found, is_array, strict=True) if array]
+
+    arrays = [leaf for leaf, v in zip(leaves, varying, strict=True) if v]
+    closed = jax.make_jaxpr(traced)(*arrays)
+    evaluation = Evaluation(closed.jaxpr, marks)
+    results = iter(evaluation.run([*closed.consts, *arrays]))
+    out_tree, is_array, found = rest
+    out = [next(results) if array else leaf for leaf, array in zip(found, is_array, strict=True)]
+    return jax.tree.unflatten(out_tree, out), evaluation.count
+
+
+class Evaluation:
+    """The equations of a jaxpr with values that may be lazy."""
+
+    def __init__(self, jaxpr: core.Jaxpr, marks: Marks):
+        self.jaxpr, self.marks, self.count = jaxpr, marks, 0
+        self.values: dict[Any, Any] = {}
+        self.readers: dict[Any, list] = {}
+        for eqn in jaxpr.eqns:
+            for v in eqn.invars:
+                if not isinstance(v, core.Literal):
+                    self.readers.setdefault(v, []).append(eqn)
+        self.results = Counter(v for v in jaxpr.outvars if not isinstance(v, core.Literal))
+        self.pending: dict[int, list] = {}  # batch norm equation -> its convolution's results
+
+    def run(self, args: Sequence[Array]) -> list[Array]:
+        """The results."""
+        self.values |= zip([*self.jaxpr.constvars, *self.jaxpr.invars], args, strict=True)
+        for eqn in self.jaxpr.eqns:
+            found = self.lazily(eqn)
+            if found is None:
+                found = self.plainly(eqn)
+            self.values |= zip(eqn.outvars, found, strict=True)
+        return [self.array(v) for v in self.jaxpr.outvars]
+
+    def read(self, v: Any) -> Any:
+        return v.val if isinstance(v, core.Literal) else self.values[v]
+
+    def array(self, v: Any) -> Array:
+        value = self.read(v)
+        return value.array() if isinstance(value, Pair | Copies) else value
+
+    def only_reader(self, v: Any) -> Any:
+        """The one equation that reads this, if there is no more than one."""
+        readers = self.readers.get(v, [])
+        return readers[0] if len(readers) == 1 and not self.results[v] else None
+
+    def region(self, eqn: Any) -> tuple:
+        """What a region is, and its settings; ("",) if this is another equation."""
+        return self.marks.known.get(eqn.params.get("name", ""), ("",))
+
+    def plainly(self, eqn: Any) -> list[Array]:
+        """Its results, as if nothing were lazy."""
+        inputs, run = alone(eqn)
+        return run(*map(self.array, inputs))
+
+    def lazily(self, eqn: Any) -> list[Any] | None:
+        """Its results, of which some may be lazy; None if it is not one of the table above."""
+        what = self.region(eqn)[0]
+        if what == "convolution":
+            return self.convolution(eqn)
+        if id(eqn) in self.pending:
+            return self.pending.pop(id(eqn))
+        values = [self.read(v) for v in eqn.invars]
+        first = values[0] if values else None
+        if isinstance(first, Sum):
+            pair = first.pair
+            readers = len(self.readers.get(eqn.outvars[0], ())) + self.results[eqn.outvars[0]]
+            z = joined(2 if readers == 2 else 1, pair.y, pair.k, first.r)
+            return [Copies([*z])] if readers == 2 else [z[0]]
+        if isinstance(first, Pair) and not first.relu and is_relu(eqn):
+            return [Pair(first.y, first.k, relu=True)]
+        if isinstance(first, Pair) and first.relu and is_pooling(eqn):
+            return [pooled(first.y, first.k)]
+        if eqn.primitive.name in ("add", "add_any"):
+            return self.addition(eqn, values)
+        return None
+
+    def convolution(self, eqn: Any) -> list[Any] | None:
+        """A convolution, and the batch normalisation that reads it, if nothing else does."""
+        norm = self.only_reader(eqn.outvars[0])
+        if norm is None or self.region(norm)[0] != "norm" or norm.invars[0] is not eqn.outvars[0]:
+            return None
+        _, y_scale, y_bias = norm.invars
+        if any(not isinstance(v, core.Literal) and v not in self.values for v in (y_scale, y_bias)):
+            return None
+        _, part, frozen = self.region(eqn)
+        values, column, pointer, x = eqn.invars
+        source = self.read(x)
+        lazy = isinstance(source, Pair) and source.relu and source.map is None
+        found = convolution_norm(
+            part,
+            self.region(norm)[1],
+            frozen,
+            self.array(values),
+            Arena(self.array(column), self.array(pointer), ()),
+            Read(source.y, source.k) if lazy else Read(self.array(x)),
+            self.array(y_scale),
+            self.array(y_bias),
+        )
+        self.count += 1
+        self.pending[id(norm)] = [Pair(found.y, found.k), found.mean, found.variance]
+        return [None] if frozen else [None, found.values]
+
+    def addition(self, eqn: Any, values: list[Any]) -> list[Any] | None:
+        """The sum of a pair and a map, if nn.relu reads it and nothing else."""
+        relu = self.only_reader(eqn.outvars[0])
+        same = len({v.aval.shape for v in eqn.invars}) == 1
+        if relu is None or not same or not is_relu(relu):
+            return None
+        for mine, other in ((0, 1), (1, 0)):
+            pair = values[mine]
+            if isinstance(pair, Pair) and not pair.relu and pair.map is None:
+                return [Sum(pair, self.array(eqn.invars[other]))]
+        return None
+
+
+def alone(eqn: Any) -> tuple[list[Any], Callable[..., list[Array]]]:
+    """What an equation reads, and a function of that which gives its results."""
+    inputs = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
+    one = core.Jaxpr([], inputs, list(eqn.outvars), [eqn], eqn.effects)
+    return inputs, core.jaxpr_as_fun(core.ClosedJaxpr(one, []))
+
+
+# ------------------------------------------------------------------------------ what is recognised
+def is_relu(eqn: Any) -> bool:
+    """Whether this is nn.relu, with its own derivative: jnp.maximum(x, 0) has another one at 0."""
+    if eqn.primitive.name != "custom_jvp_call" or len(eqn.invars) != 1:
+        return False
+    aval = eqn.invars[0].aval
+    if eqn.outvars[0].aval.shape != aval.shape or aval.dtype != np.float32:
+        return False
+
+    _, run = alone(eqn)
+    return _derivative(lambda x: run(x)[0], aval) == _derivative_of_relu(aval.shape)
+
+
+@functools.cache
+def _derivative_of_relu(shape: tuple[int, ...]) -> str:
+    return _derivative(nn.relu, jax.ShapeDtypeStruct(shape, np.float32))
+
+
+def _derivative(f: Callable, aval: Any) -> str:
+    """Value and derivative of f as a program's text."""
+    shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return str(jax.make_jaxpr(lambda x, t: jax.jvp(f, (x,), (t,)))(shape, shape))
+
+
+def is_pooling(eqn: Any) -> bool:
+    """Whether this is max-pooling of 2x2 windows side by side that cover the map."""
+    if eqn.primitive.name != "reduce_window_max":
+        return False
+    p = eqn.params
+    sides = eqn.invars[0].aval.shape[1:3]
+    return (
+        tuple(p["window_dimensions"]) == tuple(p["window_strides"]) == (1, 2, 2, 1)
+        and not np.any(p["padding"])
+        and {*p["base_dilation"], *p["window_dilation"]} == {1}
+        and not any(side % 2 for side in sides)
+    )
