@@ -63,9 +63,6 @@ struct ConvolutionLevel {
   // to `gradient`; either may be null.
   void (*backward)(const Convolution&, const Share&, const Rings&, const float* x,
                    const float* delta, float* dx, float* gradient);
-  // total (C, 2): the sums of a and of a b of each channel over (pixels, C, N); lanes: 2 C vectors.
-  void (*channel_sums)(const float* a, const float* b, int64_t pixels, int64_t C, int64_t N,
-                       float* lanes, double* total);
 };
 
 namespace convolutions {
