@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dst import kernels
+from dst import kernels, maps
 from dst.arena import Arena, Part
 from dst.kernels import Read
 
@@ -99,7 +99,7 @@ def materialised(relu: bool, y: Array, k: Array) -> Array:
 def _materialised_backward(relu, saved, delta):
     y, k = saved
     du = jnp.where(y * k[0] + k[1] > 0, delta, 0) if relu else delta
-    return du, jnp.stack(kernels.channel_sums(du, y))
+    return du, jnp.stack(maps.channel_sums(du, y))
 
 
 materialised.defvjp(lambda relu, y, k: (materialised(relu, y, k), (y, k)), _materialised_backward)
@@ -108,18 +108,18 @@ materialised.defvjp(lambda relu, y, k: (materialised(relu, y, k), (y, k)), _mate
 @jax.custom_vjp
 def pooled(y: Array, k: Array) -> Array:
     """2x2 max-pooling of relu(u): (N, H, W, C) -> (N, H/2, W/2, C)."""
-    return kernels.pool(y, k)
+    return maps.pool(y, k)
 
 
 pooled.defvjp(
-    lambda y, k: (pooled(y, k), (y, k)), lambda saved, delta: kernels.pool_backward(*saved, delta)
+    lambda y, k: (pooled(y, k), (y, k)), lambda yk, delta: maps.pool_backward(yk[0], yk[1], delta)
 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def joined(readers: int, y: Array, k: Array, r: Array) -> tuple[Array, ...]:
     """relu(u + r), once or twice: each of two readers takes its own, so that the kernel adds up."""
-    return (kernels.join(y, k, r),) * readers
+    return (maps.join(y, k, r),) * readers
 
 
 def _joined_forward(readers, y, k, r):
@@ -129,7 +129,7 @@ def _joined_forward(readers, y, k, r):
 
 def _joined_backward(readers, saved, deltas):
     first, second = (*deltas, jnp.zeros(0))[:2]
-    du, sums = kernels.join_backward(first, second, *saved)
+    du, sums = maps.join_backward(first, second, *saved)
     return du, sums, du
 
 

@@ -8,7 +8,8 @@ A layer's connections are `values` f32 (K,) and `column` int32 (K,) of the arena
 output o from the inputs of block b. Activations are feature-major float32, (units, B).
 
 A convolution's maps are (N, H, W, C), in memory (H, W, C, N): XLA is asked for that layout, and
-computes elementwise operations between two convolutions in it without a copy.
+computes elementwise operations between two convolutions in it without a copy. What the kernels do
+between two convolutions is in `dst.maps`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ HANDLERS = {
     "dst_convolve_backward": "DstConvolveBackward",
     "dst_convolve_gradient_on": "DstConvolveGradientOn",
     "dst_channel_sums": "DstChannelSums",
+    "dst_pool": "DstPool",
+    "dst_pool_backward": "DstPoolBackward",
+    "dst_join": "DstJoin",
+    "dst_join_backward": "DstJoinBackward",
     "dst_best": "DstBest",
     "dst_exchange": "DstExchange",
     "dst_move": "DstMove",
@@ -90,7 +95,7 @@ def _text(function) -> str:
 def multiply(values: Array, column: Array, pointer: Array, x: Array, n_out: int) -> Array:
     """y = W x: x (n_in, B) -> (n_out, B)."""
     y = jax.ShapeDtypeStruct((n_out, x.shape[1]), jnp.float32)
-    call = _kernel("dst_multiply", y)
+    call = kernel("dst_multiply", y)
     return call(values, column, pointer, x, threads=np.int64(THREADS))
 
 
@@ -102,8 +107,8 @@ def backward(
     Shapes: x (n_in, B), delta (n_out, B), gradient (K,) -> dx (n_in, B), gradient (K,), in place
     if XLA can give it away. A gradient of no entries is not computed.
     """
-    results = (_like(x), _like(gradient))
-    call = _kernel("dst_backward", results, input_output_aliases={5: 1})
+    results = (like(x), like(gradient))
+    call = kernel("dst_backward", results, input_output_aliases={5: 1})
     dx, gradient = call(values, column, pointer, x, delta, gradient, threads=np.int64(THREADS))
     return dx, gradient
 
@@ -113,7 +118,7 @@ def gradient_on(i: Array, o: Array, x: Array, delta: Array) -> Array:
 
     Shapes: x (n_in, B), delta (n_out, B).
     """
-    call = _kernel("dst_gradient_on", jax.ShapeDtypeStruct(i.shape, jnp.float32))
+    call = kernel("dst_gradient_on", jax.ShapeDtypeStruct(i.shape, jnp.float32))
     return call(i, o, x, delta, threads=np.int64(THREADS))
 
 
@@ -140,7 +145,7 @@ def convolve(
     n = x.map.shape[0]
     rows, columns = output_sides(layer, x.map.shape[1:3])
     shapes = (n, rows, columns, layer.n_out), (2, layer.n_out) if moments else (0,)
-    call = _kernel(
+    call = kernel(
         "dst_convolve",
         [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         input_layouts=[None, None, None, MAP, None],
@@ -166,9 +171,9 @@ def convolve_backward(
     Shapes: x (N, H, W, n_in), delta (N, H', W', n_out), gradient (K,) -> dx as x, gradient, sums.
     """
     sums = jax.ShapeDtypeStruct((0,) if x.k is None else (2, layer.n_in), jnp.float32)
-    call = _kernel(
+    call = kernel(
         "dst_convolve_backward",
-        (_like(x.map), _like(gradient), sums),
+        (like(x.map), like(gradient), sums),
         input_layouts=[None, None, None, MAP, None, MAP, *_layouts(delta), None],
         output_layouts=[MAP, None, None],
         input_output_aliases={8: 1},
@@ -183,7 +188,7 @@ def convolve_gradient_on(column: Array, output: Array, x: Read, delta: Read, lay
 
     Shapes: x (N, H, W, n_in), delta (N, H', W', n_out); column is (kx, ky, i) flattened.
     """
-    call = _kernel(
+    call = kernel(
         "dst_convolve_gradient_on",
         jax.ShapeDtypeStruct(column.shape, jnp.float32),
         input_layouts=[None, None, MAP, None, MAP, *_layouts(delta)],
@@ -204,24 +209,6 @@ def _gradient(delta: Read) -> tuple[Array, Array, Array]:
 
 def _layouts(delta: Read) -> list:
     return [None if delta.other is None else MAP, None]
-
-
-def moments(x: Array) -> tuple[Array, Array]:
-    """Mean and variance of each channel, summed in double: (N, H, W, C) -> (C,), (C,)."""
-    mean, variance = _channel_sums(x, x, True)
-    return mean, variance
-
-
-def channel_sums(a: Array, b: Array) -> tuple[Array, Array]:
-    """Sums of a and of a b of each channel, in double: (N, H, W, C) twice -> (C,), (C,)."""
-    one, two = _channel_sums(a, b, False)
-    return one, two
-
-
-def _channel_sums(a: Array, b: Array, moments: bool) -> Array:
-    sums = jax.ShapeDtypeStruct((2, a.shape[3]), jnp.float32)
-    call = _kernel("dst_channel_sums", sums, input_layouts=[MAP, MAP])
-    return call(a, b, moments=moments, threads=np.int64(THREADS))
 
 
 def output_sides(layer: Layer, sides: tuple[int, ...]) -> list[int]:
@@ -254,7 +241,7 @@ def best(
     the end are (2^31 - 1, 0, -1). Of equal connections the first list's counts, of equal scores at
     the cut the lower `hashing.hashed`.
     """
-    call = _kernel("dst_best", (_like(row), _like(column), _like(score)))
+    call = kernel("dst_best", (like(row), like(column), like(score)))
     row, column, score = call(row, column, score, new_row, new_column, new_score, k, salt)
     return row, column, score
 
@@ -268,7 +255,7 @@ def exchange(
     by (row, column), k int32 () -> column, pointer, and source int32 (K,): the position each
     connection had, -1 for a grown one. Raises if other than k are dropped.
     """
-    call = _kernel("dst_exchange", (_like(column), _like(pointer), _like(column)))
+    call = kernel("dst_exchange", (like(column), like(pointer), like(column)))
     column, pointer, source = call(dropped, column, pointer, grown_row, grown_column, k)
     return column, pointer, source
 
@@ -283,14 +270,14 @@ def arrivals(
     """
     n = random.shape[1]
     shapes = [jax.ShapeDtypeStruct((n,), t) for t in (jnp.int32, jnp.int32, jnp.uint32, jnp.bool_)]
-    call = _kernel("dst_arrivals", shapes)
+    call = kernel("dst_arrivals", shapes)
     column, output, time, valid = call(random, count, bounds, f, g, salt, block=np.int64(block))
     return column, output, time, valid
 
 
 def exists(column: Array, pointer: Array, row: Array, wanted: Array) -> Array:
     """Whether the arena has (row, wanted column): int32 (n,), int32 (n,) -> bool (n,)."""
-    call = _kernel("dst_exists", jax.ShapeDtypeStruct(row.shape, jnp.bool_))
+    call = kernel("dst_exists", jax.ShapeDtypeStruct(row.shape, jnp.bool_))
     return call(column, pointer, row, wanted)
 
 
@@ -299,14 +286,16 @@ def move(leaf: Array, source: Array) -> Array:
 
     Shapes: float32 (K,), int32 (K,), increasing but for negative ones, whose result is undefined.
     """
-    return _kernel("dst_move", _like(leaf), input_output_aliases={0: 0})(leaf, source)
+    return kernel("dst_move", like(leaf), input_output_aliases={0: 0})(leaf, source)
 
 
-def _kernel(name: str, results: Any, **options: Any) -> Callable:
+def kernel(name: str, results: Any, **options: Any) -> Callable:
+    """The call of a kernel; raises RuntimeError where there are none."""
     if why_not():
         raise RuntimeError(f"{name} cannot run: {why_not()}.")
     return jax.ffi.ffi_call(name, results, **options)
 
 
-def _like(a: Array) -> jax.ShapeDtypeStruct:
+def like(a: Array) -> jax.ShapeDtypeStruct:
+    """Shape and type of a result that is as a."""
     return jax.ShapeDtypeStruct(a.shape, a.dtype)

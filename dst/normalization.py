@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst import kernels
+from dst import maps
 
 Array = jax.Array
 
@@ -36,8 +36,8 @@ def fits(module: nn.Module, x: Any, args: tuple, kwargs: dict) -> bool:
         and module.param_dtype == jnp.float32
         and kwargs.get("mask") is None
     )
-    maps = isinstance(x, jax.Array) and x.ndim == 4 and x.dtype == jnp.float32 and x.size > 0
-    return frozen is False and plain and maps
+    is_map = isinstance(x, jax.Array) and x.ndim == 4 and x.dtype == jnp.float32 and x.size > 0
+    return frozen is False and plain and is_map
 
 
 def batch_norm(module: nn.BatchNorm, x: Array, mark: Callable) -> Array:
@@ -61,7 +61,7 @@ def batch_norm(module: nn.BatchNorm, x: Array, mark: Callable) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def normalise(epsilon: float, x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
     """(x - E x) / sqrt(Var x + epsilon) scale + bias, E x, Var x: (N, H, W, C), (C,), (C,)."""
-    mean, variance = kernels.moments(x)
+    mean, variance = maps.moments(x)
     y = (x - _wide(mean)) * _wide(lax.rsqrt(variance + epsilon) * scale) + _wide(bias)
     return y, mean, variance
 
@@ -80,7 +80,7 @@ def _backward(epsilon, saved, cotangents):
     delta, d_mean, d_variance = cotangents
     count = x.size // x.shape[3]
     inverse = lax.rsqrt(variance + epsilon)
-    d_bias, products = kernels.channel_sums(delta, x)
+    d_bias, products = maps.channel_sums(delta, x)
     d_scale = inverse * (products - mean * d_bias)
     factor = scale * inverse
     # dx = a delta + b (x - E x) + c, a channel each.

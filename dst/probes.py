@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
-from dst import kernels
+from dst import kernels, maps
 from dst.config import ConfigError
 from dst.network import Layer, is_foreign, is_layer, layer_path, skipped
 from dst.products import covered
@@ -50,7 +50,7 @@ def total_of(x: Array, dtype: Any) -> Array:
 def total_of_maps(x: Array, dtype: Any) -> Array:
     """`total_of` of maps that lie in memory as the kernels have them: XLA would transpose them."""
     magnitude = jnp.abs(x.reshape(-1, *x.shape[-3:]))
-    return kernels.channel_sums(magnitude, magnitude)[0].astype(dtype)
+    return maps.channel_sums(magnitude, magnitude)[0].astype(dtype)
 
 
 def _sums_forward(total, h, y, f, g):

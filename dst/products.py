@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import sparse
 
-from dst import kernels
+from dst import kernels, maps
 from dst.arena import Arena, Part, rows_of
 from dst.network import Layer
 
@@ -166,7 +166,7 @@ def add_channel_bias(y: Array, bias: Array) -> Array:
 
 def _channel_bias_backward(_, delta):
     # XLA would transpose all of delta for its sum.
-    return delta, kernels.channel_sums(delta, delta)[0]
+    return delta, maps.channel_sums(delta, delta)[0]
 
 
 add_channel_bias.defvjp(lambda y, bias: (add_channel_bias(y, bias), None), _channel_bias_backward)

@@ -2,9 +2,6 @@
 
 import ctypes
 import functools
-import os
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +13,8 @@ from hypothesis import strategies as st
 
 from dst import kernels
 from dst.network import Layer
-from tests.convolutions import activation, expected, gradient, make, near, normal
+from tests import levels
+from tests.convolutions import activation, expected, gradient, make, near
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
 
@@ -152,28 +150,7 @@ def test_any_convolution_matches_a_float64_one(threads, **geometry):
 
 @pytest.mark.parametrize("level", ["baseline", "v3"])
 def test_every_instruction_set_computes_the_convolutions(level):
-    environment = os.environ | {"DST_KERNELS": level}
-    name = "from dst.native.library import library; import ctypes; f = ctypes.CDLL(library()).dst_"
-    script = f"{name}level; f.restype = ctypes.c_char_p; print(f())"
-    if level not in process([sys.executable, "-c", script], environment):
-        pytest.skip(f"this machine has no {level}")
-    options = [
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "match_float64 or channel",
-    ]
-    process([sys.executable, "-m", "pytest", *options], environment)
-
-
-def process(command, environment):
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    levels.again(level, __file__, "match_float64")
 
 
 def test_any_number_of_threads_gives_the_same_bits():
@@ -259,17 +236,3 @@ def test_scratch_is_of_the_size_of_connections_units_and_rings():
     K, units, ring = case.column.size, 256 + 512, 2 * 3 * 6 * 512 * 32 * 4
     assert 0 < scratch() < 2 * ring + 2 * 4096 * 300 + 200 * K + 100 * units
     assert scratch() < 2**16
-
-
-@pytest.mark.parametrize("batch", [3, 37])
-def test_channels_are_summed_in_double(batch):
-    rng = np.random.default_rng(10)
-    a, b = 30 + normal(rng, batch, 6, 7, 5), normal(rng, batch, 6, 7, 5)
-    with pytest.MonkeyPatch.context() as patch:
-        for threads in (1, 3):
-            patch.setattr(kernels, "THREADS", threads)
-            found = jax.jit(lambda a, b: (kernels.moments(a), kernels.channel_sums(a, b)))(a, b)
-            wide, axes = a.astype(np.float64), (0, 1, 2)
-            near(np.asarray(found[0]), np.stack([wide.mean(axes), wide.var(axes)]), 1e-6)
-            near(np.asarray(found[1]), np.stack([wide.sum(axes), (wide * b).sum(axes)]), 1e-6)
-            jax.clear_caches()

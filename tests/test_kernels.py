@@ -1,9 +1,6 @@
 """The compiled products against float64 sums; nothing here runs where they were not built."""
 
 import itertools
-import os
-import subprocess
-import sys
 import threading
 
 import jax
@@ -14,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dst import kernels
+from tests import levels
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
 examples = settings(max_examples=30, deadline=None)
@@ -121,33 +119,7 @@ def test_nothing_is_returned_before_all_threads_are_done():
 
 @pytest.mark.parametrize("level", ["baseline", "v3"])
 def test_every_instruction_set_computes_the_products(level):
-    environment = os.environ | {"DST_KERNELS": level}
-    name = "from dst.native.library import library; import ctypes; f = ctypes.CDLL(library()).dst_"
-    said = run(
-        [sys.executable, "-c", f"{name}level; f.restype = ctypes.c_char_p; print(f())"], environment
-    )
-    if level not in said:
-        pytest.skip(f"this machine has no {level}")
-    run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-            "-k",
-            "products_",
-        ],
-        environment,
-    )
-
-
-def run(command, environment):
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    levels.again(level, __file__, "products_")
 
 
 @examples

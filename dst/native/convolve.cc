@@ -15,8 +15,6 @@ namespace {
 // Vectors that the weight gradient of a row of pixels goes over before the next ones: 64 KiB.
 constexpr int64_t kSums = 64 * 1024 / (4 * kLanes);
 
-constexpr int64_t kSummed = 16;  // pixels that are summed in float
-
 // Sums of what each unit of a map received: a vector of float lanes, twice, then double.
 template <int W>
 struct Sums {
@@ -264,37 +262,6 @@ void backward_tiles(const Convolution& c, const Share& share, const Rings& rings
   }
 }
 
-// Sums of a and of a b of each channel over pixels of two maps (pixels, C, N): float lanes over a few
-// pixels, then double; in float alone batch normalisation would lose a digit.
-void channel_sums(const float* a, const float* b, int64_t pixels, int64_t C, int64_t N, float* lanes,
-                  double* total) {
-  using T = typename Tile<kLanes>::T;
-  T* const sums = reinterpret_cast<T*>(lanes);
-  for (int64_t i = 0; i < 2 * C; i++) sums[i] = T{}, total[i] = 0;
-  for (int64_t p = 0; p < pixels; p++) {
-    for (int64_t c = 0; c < C; c++, a += N, b += N) {
-      T one = sums[2 * c], two = sums[2 * c + 1];
-      int64_t n = 0;
-      for (; n + kLanes <= N; n += kLanes) {
-        const T v = Tile<kLanes>::load(a + n).v[0];
-        one += v;
-        two += v * Tile<kLanes>::load(b + n).v[0];
-      }
-      sums[2 * c] = one;
-      sums[2 * c + 1] = two;
-      for (; n < N; n++) {
-        total[2 * c] += a[n];
-        total[2 * c + 1] += double{a[n]} * b[n];
-      }
-    }
-    if (p % kSummed != kSummed - 1 && p + 1 < pixels) continue;
-    for (int64_t i = 0; i < 2 * C; i++) {
-      for (int k = 0; k < kLanes; k++) total[i] += lanes[i * kLanes + k];
-      sums[i] = T{};
-    }
-  }
-}
-
 template <class F>
 void with_width(int64_t width, const F& f) {
   if constexpr (kTile >= 128) {
@@ -321,7 +288,6 @@ void backward(const Convolution& c, const Share& share, const Rings& rings, cons
 
 }  // namespace
 
-const ConvolutionLevel convolutions::DST_LEVEL = {kTile, kLanes, forward, backward,
-                                                       channel_sums};
+const ConvolutionLevel convolutions::DST_LEVEL = {kTile, kLanes, forward, backward};
 
 }  // namespace dst

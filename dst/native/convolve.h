@@ -78,9 +78,6 @@ struct ConvolutionLevel {
   // and the sums of that and of its products with x's map are added to them.
   void (*backward)(const Convolution&, const Share&, const Rings&, const Source& x,
                    const Source& delta, float* dx, float* gradient, double* totals);
-  // total (C, 2): the sums of a and of a b of each channel over (pixels, C, N); lanes: 2 C vectors.
-  void (*channel_sums)(const float* a, const float* b, int64_t pixels, int64_t C, int64_t N,
-                       float* lanes, double* total);
 };
 
 namespace convolutions {

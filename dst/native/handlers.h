@@ -1,4 +1,4 @@
-// What the handlers of products and of convolutions share.
+// What the handlers of products, convolutions and maps share.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -124,6 +124,6 @@ void gradient_on(const int32_t* i, const int32_t* o, int64_t n, const float* x, 
 }  // namespace
 
 const Level levels::DST_LEVEL = {DST_STRING(DST_LEVEL), multiply, backward, gradient_on,
-                                 &convolutions::DST_LEVEL};
+                                 &convolutions::DST_LEVEL, &map_levels::DST_LEVEL};
 
 }  // namespace dst

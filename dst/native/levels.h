@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "convolve.h"
+#include "maps.h"
 
 #define DST_STRING_(x) #x
 #define DST_STRING(x) DST_STRING_(x)
@@ -31,6 +32,7 @@ struct Level {
   void (*gradient_on)(const int32_t* i, const int32_t* o, int64_t n, const float* x,
                       const float* delta, int64_t B, float* out);
   const ConvolutionLevel* convolution;
+  const MapsLevel* maps;
 };
 
 namespace levels {

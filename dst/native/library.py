@@ -22,8 +22,8 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 # The inner loops once for each instruction set; the library chooses when it is loaded.
 INNER_LOOPS, ONCE = (
-    ("kernels", "convolve"),
-    ("handlers", "convolve_handlers", "channels", "structure", "arrivals"),
+    ("kernels", "convolve", "maps"),
+    ("handlers", "convolve_handlers", "maps_handlers", "structure", "arrivals"),
 )
 LEVELS = {"baseline": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4",)}
 

@@ -1,4 +1,4 @@
-// Vectors of the instruction set that is compiled, for kernels.cc and convolve.cc: once a level, so
+// Vectors of the instruction set that is compiled, for the inner loops: once a level, so
 // nothing here may have external linkage.
 #pragma once
 #include <cstdint>

@@ -1,0 +1,196 @@
+// Whole maps around sparse convolutions as XLA custom calls: arguments checked, work divided over
+// threads. Maps are logically (N, H, W, C), batch innermost in memory: dst/maps.py asks XLA for that
+// layout.
+#include <algorithm>
+
+#include "handlers.h"
+#include "maps.h"
+#include "memory.h"
+
+namespace dst {
+namespace {
+
+constexpr int64_t kParts = 16;  // of the pixels of a map
+
+using Dimensions = ffi::Span<const int64_t>;
+
+bool is_map(const Floats& a) { return a.dimensions().size() == 4; }
+
+bool same(const Dimensions& a, const Dimensions& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
+
+// (2, C)
+bool two_a_channel(const Dimensions& d, int64_t C) {
+  return d.size() == 2 && d[0] == 2 && d[1] == C;
+}
+
+Pixels all_pixels(const Dimensions& d) { return {d[2], d[3], d[0], 0, d[1] * d[2]}; }
+
+// y is halved into `small` and k is of its channels.
+bool pools(const Floats& y, const Floats& k, const Dimensions& small) {
+  if (!is_map(y) || small.size() != 4) return false;
+  const auto d = y.dimensions();
+  return d[1] % 2 == 0 && d[2] % 2 == 0 && two_a_channel(k.dimensions(), d[3]) &&
+         small[0] == d[0] && 2 * small[1] == d[1] && 2 * small[2] == d[2] && small[3] == d[3];
+}
+
+Pixels all_windows(const Dimensions& d) { return {d[2], d[3], d[0], 0, d[1] / 2 * (d[2] / 2)}; }
+
+// Calls f(part, its pixels) for all of them. The number of parts sets the order of sums: not a matter
+// of threads.
+template <class F>
+int64_t each_part(ffi::ThreadPool& pool, const Pixels& all, int64_t threads, const F& f) {
+  const int64_t parts = std::max<int64_t>(1, std::min(kParts, all.end));
+  threads = threads_for(pool, 2 * all.batch * all.channels * all.end, threads);
+  parallel_for(pool, parts, threads, [&](int64_t part) {
+    Pixels own = all;
+    own.begin = all.end * part / parts;
+    own.end = all.end * (part + 1) / parts;
+    f(part, own);
+  });
+  return parts;
+}
+
+// out (2, C): the two sums of each channel, which f(pixels, sums) computes of a part.
+template <class F>
+Array<double> sum(ffi::ThreadPool& pool, const Pixels& all, int64_t threads, const F& f) {
+  const int64_t C = all.channels;
+  Array<double> totals(kParts * 2 * C, 0.0), out(2 * C, 0.0);
+  const int64_t parts = each_part(pool, all, threads, [&](int64_t part, const Pixels& own) {
+    const Lease lease(2 * C * level().maps->lanes);
+    f(own, Sums{lease.data(), totals.data() + part * 2 * C});
+  });
+  for (int64_t part = 0; part < parts; part++) {
+    for (int64_t i = 0; i < 2 * C; i++) out[i % 2 * C + i / 2] += totals[part * 2 * C + i];
+  }
+  return out;
+}
+
+// out (2, C): the sums of a and of a b of each channel, or with `moments` mean and variance of a.
+ffi::Error channel_sums(ffi::ThreadPool pool, Floats a, Floats b, FloatResult out, bool moments,
+                        int64_t threads) {
+  if (!is_map(a) || !same(b.dimensions(), a.dimensions()) ||
+      !two_a_channel(out->dimensions(), a.dimensions()[3])) {
+    return wrong("dst_channel_sums: maps are (N, H, W, C) both, the result (2, C).");
+  }
+  const Pixels all = all_pixels(a.dimensions());
+  auto sums = sum(pool, all, threads, [&](const Pixels& own, const Sums& to) {
+    level().maps->channel_sums(own, a.typed_data(), b.typed_data(), to);
+  });
+  const double count = double(all.batch * all.end);
+  for (int64_t c = 0; moments && c < all.channels; c++) {
+    double &mean = sums[c], &variance = sums[all.channels + c];
+    mean /= count;
+    variance = variance / count - mean * mean;
+    if (variance < 0) variance = 0;  // a NaN stays one
+  }
+  std::copy(sums.begin(), sums.end(), out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error pool_maps(ffi::ThreadPool pool, Floats y, Floats k, FloatResult out, int64_t threads) {
+  if (!pools(y, k, out->dimensions())) {
+    return wrong("dst_pool: maps are (N, H, W, C) with H and W even, k is (2, C).");
+  }
+  each_part(pool, all_windows(y.dimensions()), threads, [&](int64_t, const Pixels& own) {
+    level().maps->pool(own, y.typed_data(), k.typed_data(), out->typed_data());
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error pool_backward(ffi::ThreadPool pool, Floats y, Floats k, Floats g, FloatResult du,
+                         FloatResult out, int64_t threads) {
+  if (!pools(y, k, g.dimensions()) || !same(du->dimensions(), y.dimensions()) ||
+      !same(out->dimensions(), k.dimensions())) {
+    return wrong(
+        "dst_pool_backward: maps are (N, H, W, C) with H and W even, k is (2, C), g is (N, H / 2, "
+        "W / 2, C), the results are as y and as k.");
+  }
+  const auto sums = sum(pool, all_windows(y.dimensions()), threads,
+                        [&](const Pixels& own, const Sums& to) {
+    level().maps->pool_backward(own, y.typed_data(), k.typed_data(), g.typed_data(),
+                                du->typed_data(), to);
+  });
+  std::copy(sums.begin(), sums.end(), out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error join(ffi::ThreadPool pool, Floats y, Floats k, Floats r, FloatResult z,
+                int64_t threads) {
+  const auto d = y.dimensions();
+  if (!is_map(y) || !same(r.dimensions(), d) || !same(z->dimensions(), d) ||
+      !two_a_channel(k.dimensions(), d[3])) {
+    return wrong("dst_join: y and r are (N, H, W, C) both, as the result, k is (2, C).");
+  }
+  each_part(pool, all_pixels(d), threads, [&](int64_t, const Pixels& own) {
+    level().maps->join(own, y.typed_data(), k.typed_data(), r.typed_data(), z->typed_data());
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error join_backward(ffi::ThreadPool pool, Floats ga, Floats gb, Floats z, Floats y,
+                         FloatResult du, FloatResult out, int64_t threads) {
+  const auto d = y.dimensions();
+  const bool alone = gb.dimensions().size() == 1 && gb.element_count() == 0;
+  if (!is_map(y) || !same(ga.dimensions(), d) || !(alone || same(gb.dimensions(), d)) ||
+      !same(z.dimensions(), d) || !same(du->dimensions(), d) ||
+      !two_a_channel(out->dimensions(), d[3])) {
+    return wrong(
+        "dst_join_backward: ga, z and y are (N, H, W, C) all, as the result, gb too or (0,), the "
+        "sums are (2, C).");
+  }
+  const float* second = alone ? nullptr : gb.typed_data();
+  const auto sums = sum(pool, all_pixels(d), threads, [&](const Pixels& own, const Sums& to) {
+    level().maps->join_backward(own, ga.typed_data(), second, z.typed_data(), y.typed_data(),
+                                du->typed_data(), to);
+  });
+  std::copy(sums.begin(), sums.end(), out->typed_data());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace dst
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DstChannelSums, dst::channel_sums,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<bool>("moments")
+                                  .Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DstPool, dst::pool_maps,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DstPoolBackward, dst::pool_backward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DstJoin, dst::join,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DstJoinBackward, dst::join_backward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("threads"));
