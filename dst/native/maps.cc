@@ -10,17 +10,18 @@ namespace {
 
 constexpr int64_t kSummed = 16;  // pixels that are summed in float
 
+// W samples of a channel.
 template <int W>
-using Floats = typename Vector<W>::type;
+using Samples = typename Vector<W>::type;
 
 template <int W>
-Floats<W> load(const float* p) {
-  return *reinterpret_cast<const Floats<W>*>(p);
+Samples<W> load(const float* p) {
+  return *reinterpret_cast<const Samples<W>*>(p);
 }
 
 template <int W>
-void store(float* p, Floats<W> v) {
-  *reinterpret_cast<Floats<W>*>(p) = v;
+void store(float* p, Samples<W> v) {
+  *reinterpret_cast<Samples<W>*>(p) = v;
 }
 
 // Of a float or of each float of a vector. NaN stays NaN here and below: it has to reach the loss.
@@ -37,7 +38,7 @@ T larger(T a, T b) {
 // What a few samples of a channel add to its two sums.
 template <int W>
 struct Terms {
-  Floats<W> one, two;
+  Samples<W> one, two;
 };
 
 // f(width, n) for samples n .. n + width - 1, vectors first, single ones after the last.
@@ -59,7 +60,7 @@ void each_channel(const Pixels& pixels, const F& f) {
 // double. In float alone batch normalisation would lose a digit.
 template <class F>
 void sum_channels(const Pixels& pixels, const Sums& sums, const F& f) {
-  using T = Floats<kLanes>;
+  using T = Samples<kLanes>;
   T* const lanes = reinterpret_cast<T*>(sums.lanes);
   const int64_t count = 2 * pixels.channels, last = pixels.channels - 1;
   for (int64_t i = 0; i < count; i++) lanes[i] = T{}, sums.total[i] = 0;
@@ -151,7 +152,7 @@ void pool_backward(const Pixels& pixels, const float* y, const float* k, const f
     const float* const from = g + index(pixels, p, c);
     return [=](auto width, int64_t n) {
       constexpr int W = decltype(width)::value;
-      using T = Floats<W>;
+      using T = Samples<W>;
       T read[4], activation[4], most;
       for (int i = 0; i < 4; i++) {
         read[i] = load<W>(y + window.at[i] + n);
@@ -189,7 +190,7 @@ void join_backward(const Pixels& pixels, const float* ga, const float* gb, const
     const int64_t at = index(pixels, p, c);
     return [=](auto width, int64_t n) {
       constexpr int W = decltype(width)::value;
-      using T = Floats<W>;
+      using T = Samples<W>;
       T g = load<W>(ga + at + n);
       if (gb) g += load<W>(gb + at + n);
       g = load<W>(z + at + n) > T{} ? g : T{};

@@ -37,8 +37,8 @@ bool pools(const Floats& y, const Floats& k, const Dimensions& small) {
 
 Pixels all_windows(const Dimensions& d) { return {d[2], d[3], d[0], 0, d[1] / 2 * (d[2] / 2)}; }
 
-// Calls f(part, its pixels) for all of them. The number of parts sets the order of sums: not a matter
-// of threads.
+// Calls f(part, its pixels) for all parts; how many. That sets the order of sums: not a matter of
+// threads.
 template <class F>
 int64_t each_part(ffi::ThreadPool& pool, const Pixels& all, int64_t threads, const F& f) {
   const int64_t parts = std::max<int64_t>(1, std::min(kParts, all.end));
@@ -52,7 +52,7 @@ int64_t each_part(ffi::ThreadPool& pool, const Pixels& all, int64_t threads, con
   return parts;
 }
 
-// out (2, C): the two sums of each channel, which f(pixels, sums) computes of a part.
+// The two sums of each channel, (2, C), which f(pixels, sums) computes of a part.
 template <class F>
 Array<double> sum(ffi::ThreadPool& pool, const Pixels& all, int64_t threads, const F& f) {
   const int64_t C = all.channels;
