@@ -47,11 +47,13 @@ def forward(
     /,
     *args,
     frozen: bool = False,
+    seen: Callable[[int], Any] = lambda count: None,
     **kwargs,
 ) -> Any:
     """`net.model.apply` on either kind of connections; `collections` are all but "params".
 
-    `frozen` says that no gradient of the sparse layers' values will be asked for.
+    `frozen` says that no gradient of the sparse layers' values will be asked for; `seen` is told
+    how many convolutions were fused.
     """
 
     def run(marks, params, connections, collections, args, kwargs):
@@ -66,7 +68,9 @@ def forward(
     if not fusible(net, params, connections):
         return run(None, *given)
     marks = Marks()
-    return fused(functools.partial(run, marks), marks, *given)[0]
+    found, count = fused(functools.partial(run, marks), marks, *given)
+    seen(count)
+    return found
 
 
 def fusible(net: Network, params: Any, connections: Connections) -> bool:
@@ -177,7 +181,7 @@ def linear(
         found = mark(what, region, values, arena.column, arena.pointer, images)
         y, values = (found, values) if frozen else found
         if bias is not None:
-            y = add_channel_bias(y, bias)
+            y = mark(("bias",), add_channel_bias, y, bias)
     else:
         y, values = _expanded(part, values, arena, images, frozen)
         if bias is not None:
@@ -196,8 +200,37 @@ def _expanded(part: Part, values: Array, arena: Arena, images: Array, frozen: bo
     return part.layer.convolve(images, kernel), values
 
 
-def described(net: Network) -> str:
-    """How the layers of a sparse network run here, in words, for the log."""
+def described(net: Network, params: Any, connections: Connections, collections: Mapping, **kwargs):
+    """How the layers of a sparse network run here, in words, for the log.
+
+    `kwargs` of the model are those of training, as train=True.
+    """
+    expanded = expanded_convolutions(net)
+    words = [tier()]
+    if any(expanded.values()):
+        words += [f"{sum(expanded.values())} of {len(expanded)} convolutions are expanded"]
+    if fused := fused_convolutions(net, params, connections, collections, **kwargs):
+        words += [
+            f"{fused} of {len(expanded)} convolutions are fused with their batch normalisation"
+        ]
+    return "; ".join(words)
+
+
+def fused_convolutions(net: Network, params, connections, collections, **kwargs) -> int:
+    """How many calls of convolutions run in one kernel with the batch normalisation behind them."""
+    fused: list[int] = []
+
+    def run(params, connections, collections, *args):
+        own = {"rngs": {"dropout": jax.random.key(0)}, "mutable": list(collections)}
+        options: dict[str, Any] = {**net.kwargs, **kwargs, **own}
+        return forward(net, params, connections, collections, *args, seen=fused.append, **options)
+
+    jax.eval_shape(run, params, connections, collections, *net.args)
+    return sum(fused)
+
+
+def expanded_convolutions(net: Network) -> dict[str, bool]:
+    """Of each convolution, whether its dense kernel is made for the moment of the call."""
     expanded: dict[str, bool] = {}  # of the convolutions, by path
 
     def record(next_fun, args, kwargs, context):
@@ -214,9 +247,7 @@ def described(net: Network) -> str:
 
     with nn.intercept_methods(record):
         jax.eval_shape(lambda *a: net.model.init(jax.random.key(0), *a, **net.kwargs), *net.args)
-    if not any(expanded.values()):
-        return tier()
-    return f"{tier()}; {sum(expanded.values())} of {len(expanded)} convolutions are expanded"
+    return expanded
 
 
 def init_rest(net: Network, key: Array) -> dict[str, Any]:

@@ -92,13 +92,18 @@ convolution_norm.defvjp(_norm_forward, _norm_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def materialised(relu: bool, y: Array, k: Array) -> Array:
     """u of a pair, or relu(u), as a map: where something else reads it."""
-    u = y * k[0] + k[1]
+    u = affine(y, k)
     return jnp.maximum(u, 0) if relu else u
+
+
+def affine(y: Array, k: Array) -> Array:
+    """u = k[0] y + k[1]."""
+    return k[0, None, None, None] * y + k[1, None, None, None]
 
 
 def _materialised_backward(relu, saved, delta):
     y, k = saved
-    du = jnp.where(y * k[0] + k[1] > 0, delta, 0) if relu else delta
+    du = jnp.where(affine(y, k) > 0, delta, 0) if relu else delta
     return du, jnp.stack(maps.channel_sums(du, y))
 
 

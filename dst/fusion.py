@@ -151,13 +151,24 @@ class Evaluation:
         readers = self.readers.get(v, [])
         return readers[0] if len(readers) == 1 and not self.results[v] else None
 
+    def reader(self, eqn: Any, what: str) -> Any:
+        """The region that alone reads the map of an equation, if it is such a one."""
+        reader = self.only_reader(eqn.outvars[0])
+        if reader is None or self.region(reader)[0] != what:
+            return None
+        return reader if reader.invars[0] is eqn.outvars[0] else None
+
+    def known(self, v: Any) -> bool:
+        """Whether there is a value yet."""
+        return isinstance(v, core.Literal) or v in self.values
+
     def region(self, eqn: Any) -> tuple:
         """What a region is, and its settings; ("",) if this is another equation."""
         return self.marks.known.get(eqn.params.get("name", ""), ("",))
 
     def plainly(self, eqn: Any) -> list[Array]:
         """Its results, as if nothing were lazy."""
-        inputs, run = alone(eqn)
+        inputs, run = alone(self.jaxpr, eqn)
         return run(*map(self.array, inputs))
 
     def lazily(self, eqn: Any) -> list[Any] | None:
@@ -174,7 +185,7 @@ class Evaluation:
             readers = len(self.readers.get(eqn.outvars[0], ())) + self.results[eqn.outvars[0]]
             z = joined(2 if readers == 2 else 1, pair.y, pair.k, first.r)
             return [Copies([*z])] if readers == 2 else [z[0]]
-        if isinstance(first, Pair) and not first.relu and is_relu(eqn):
+        if isinstance(first, Pair) and not first.relu and is_relu(self.jaxpr, eqn):
             return [Pair(first.y, first.k, relu=True)]
         if isinstance(first, Pair) and first.relu and is_pooling(eqn):
             return [pooled(first.y, first.k)]
@@ -183,12 +194,14 @@ class Evaluation:
         return None
 
     def convolution(self, eqn: Any) -> list[Any] | None:
-        """A convolution, and the batch normalisation that reads it, if nothing else does."""
-        norm = self.only_reader(eqn.outvars[0])
-        if norm is None or self.region(norm)[0] != "norm" or norm.invars[0] is not eqn.outvars[0]:
-            return None
-        _, y_scale, y_bias = norm.invars
-        if any(not isinstance(v, core.Literal) and v not in self.values for v in (y_scale, y_bias)):
+        """A convolution, and the batch normalisation that reads it, if nothing else does.
+
+        A bias between them changes nothing but the mean.
+        """
+        between = self.reader(eqn, "bias")
+        norm = self.reader(between or eqn, "norm")
+        vectors = [*(norm.invars[1:] if norm else ()), *(between.invars[1:] if between else ())]
+        if norm is None or any(not self.known(v) for v in vectors):
             return None
         _, part, frozen = self.region(eqn)
         values, column, pointer, x = eqn.invars
@@ -201,18 +214,21 @@ class Evaluation:
             self.array(values),
             Arena(self.array(column), self.array(pointer), ()),
             Read(source.y, source.k) if lazy else Read(self.array(x)),
-            self.array(y_scale),
-            self.array(y_bias),
+            *map(self.array, norm.invars[1:]),
         )
+        mean = found.mean
+        if between:
+            self.pending[id(between)] = [None]
+            mean += self.array(between.invars[1])
         self.count += 1
-        self.pending[id(norm)] = [Pair(found.y, found.k), found.mean, found.variance]
+        self.pending[id(norm)] = [Pair(found.y, found.k), mean, found.variance]
         return [None] if frozen else [None, found.values]
 
     def addition(self, eqn: Any, values: list[Any]) -> list[Any] | None:
         """The sum of a pair and a map, if nn.relu reads it and nothing else."""
         relu = self.only_reader(eqn.outvars[0])
         same = len({v.aval.shape for v in eqn.invars}) == 1
-        if relu is None or not same or not is_relu(relu):
+        if relu is None or not same or not is_relu(self.jaxpr, relu):
             return None
         for mine, other in ((0, 1), (1, 0)):
             pair = values[mine]
@@ -221,15 +237,22 @@ class Evaluation:
         return None
 
 
-def alone(eqn: Any) -> tuple[list[Any], Callable[..., list[Array]]]:
+def alone(jaxpr: core.Jaxpr, eqn: Any) -> tuple[list[Any], Callable[..., list[Array]]]:
     """What an equation reads, and a function of that which gives its results."""
     inputs = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
-    one = core.Jaxpr([], inputs, list(eqn.outvars), [eqn], eqn.effects)
+    one = jaxpr.replace(
+        constvars=[],
+        invars=inputs,
+        outvars=list(eqn.outvars),
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
     return inputs, core.jaxpr_as_fun(core.ClosedJaxpr(one, []))
 
 
 # ------------------------------------------------------------------------------ what is recognised
-def is_relu(eqn: Any) -> bool:
+def is_relu(jaxpr: core.Jaxpr, eqn: Any) -> bool:
     """Whether this is nn.relu, with its own derivative: jnp.maximum(x, 0) has another one at 0."""
     if eqn.primitive.name != "custom_jvp_call" or len(eqn.invars) != 1:
         return False
@@ -237,7 +260,7 @@ def is_relu(eqn: Any) -> bool:
     if eqn.outvars[0].aval.shape != aval.shape or aval.dtype != np.float32:
         return False
 
-    _, run = alone(eqn)
+    _, run = alone(jaxpr, eqn)
     return _derivative(lambda x: run(x)[0], aval) == _derivative_of_relu(aval.shape)
 
 

@@ -136,7 +136,11 @@ def run_once(
         header = log.header(config.to_dict())
         built = build(config, masks)
         if config.execution == "sparse":
-            header["tier"] = described(built.net)
+            header["tier"] = described(
+                built.net,
+                *(built.state.params, built.state.masks, built.state.batch_stats),
+                train=True,
+            )
             log.say(f"Sparse execution: {header['tier']}.")
         manager = checkpoint.open_manager(workdir, config.checkpoints_kept)
         restored = restore(manager, built.state, config, workdir)

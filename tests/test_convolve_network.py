@@ -191,17 +191,18 @@ class Uncovered(nn.Module):
 
 def test_what_the_kernels_do_not_cover_is_expanded_and_said(monkeypatch):
     net = dst.network(Uncovered(), jnp.zeros((1, 5, 5, 2)), execution="sparse")
-    said = execution.described(net)
-    assert said == "compiled kernels; 2 of 3 convolutions are expanded"
     state = dst.init_state(net, tiny.SGD, dst.method("gse", 0.5), jax.random.key(0))
+    described = lambda s, n: execution.described(n, s.params, s.masks, s.batch_stats)  # noqa: E731
+    assert described(state, net) == "compiled kernels; 2 of 3 convolutions are expanded"
     run = lambda x: forward(net, state.params, state.masks, {}, x)  # noqa: E731
     text = jax.jit(run).lower(jnp.zeros((2, 5, 5, 2))).as_text()
     assert text.count("@dst_convolve(") == 1
     assert run(jnp.zeros((0, 5, 5, 2))).shape == (0, 3)
-    assert execution.described(tiny.setup(execution="sparse").net) == "compiled kernels"
+    other = tiny.setup(execution="sparse")
+    assert described(other.state, other.net) == "compiled kernels"
     monkeypatch.setattr(kernels, "available", lambda: False)
     monkeypatch.setattr(kernels, "why_not", lambda: "there is no compiler")
-    assert execution.described(net).endswith("no compiler; 3 of 3 convolutions are expanded")
+    assert described(state, net).endswith("no compiler; 3 of 3 convolutions are expanded")
 
 
 def test_batch_norm_on_four_devices_is_that_of_masked_execution():
