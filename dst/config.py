@@ -63,6 +63,7 @@ def default() -> ConfigDict:
     # 'masked': dense arrays, every method; 'sparse': memory of the connections that exist; dense,
     # random, set, gse, gse_v2 and a streamed rigl.
     config.execution = "masked"  # 'masked' or 'sparse'
+    config.fuse = True  # sparse: batch norm, ReLU, additions and pooling in convolutions' kernels
     config.sparsity = 0.98  # inactive fraction of all kernels, in [0, 1); dense ignores it
     config.initial_sparsity = placeholder(float)  # None: granet's 0.5, else `sparsity`
     config.distribution = placeholder(str)  # 'uniform' (paper), 'er', 'er_unfolded' or 'erk'
@@ -138,6 +139,7 @@ OWN_VALUE = (
     *("initial_sparsity", "distribution", "heuristic", "drop_fraction", "rewire_every"),
     *("rewire_end_epoch", "subset_ratio", "sampling_rounds", "grasp_temperature"),
 )
+YES_OR_NO: Rule = (lambda v: isinstance(v, bool), "True or False")
 _SPARSITY = number(lambda v: 0 <= v < 1, "in [0, 1)")
 _RULES: dict[str, Rule] = {
     "dataset": choice(*TRAIN_IMAGES),
@@ -151,6 +153,7 @@ _RULES: dict[str, Rule] = {
     "precision": choice("float32", "bfloat16"),
     "method": choice(*METHODS),
     "execution": choice("masked", "sparse"),
+    "fuse": YES_OR_NO,
     "sparsity": _SPARSITY,
     "initial_sparsity": _SPARSITY,
     "distribution": choice("uniform", "er", "er_unfolded", "erk"),
@@ -163,7 +166,7 @@ _RULES: dict[str, Rule] = {
     "rewire_end_epoch": number(lambda v: v > 0, "> 0"),
     "subset_ratio": number(lambda v: v >= 1, ">= 1"),
     "sampling_rounds": integer(1),
-    "track_explored": (lambda v: isinstance(v, bool), "True or False"),
+    "track_explored": YES_OR_NO,
     "grasp_temperature": number(lambda v: v > 0, "> 0"),
     "score_batches": integer(0),
     "lottery_levels": _tuple(

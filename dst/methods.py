@@ -285,10 +285,13 @@ def told_unread(config: ConfigDict) -> str | None:
     usual.method = config.method
     usual = resolve(usual)
     fields = [field for field in sorted(unread_fields(config)) if config[field] != usual[field]]
+    subject = f"Method {config.method!r}"
+    if config.execution == "masked" and not config.fuse:
+        fields, subject = [*fields, "fuse"], f"{subject} in masked execution"
     if not fields:
         return None
     listed = ", ".join(f"{field}={config[field]!r}" for field in fields)
-    return f"Method {config.method!r} does not read {listed}, which changes nothing."
+    return f"{subject} does not read {listed}, which changes nothing."
 
 
 def check_config(config: ConfigDict) -> None:

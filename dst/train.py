@@ -112,7 +112,7 @@ def build(config: ConfigDict, masks: Masks | None) -> Built:
     dataset = data.load(config.dataset, config.data_dir, config.validation_size)
     example = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
     model = models.build(config, dataset.num_classes)
-    net = network(model, example, train=False, execution=config.execution)
+    net = network(model, example, train=False, execution=config.execution, fuse=config.fuse)
     per_epoch = data.steps_per_epoch(len(dataset.train_labels), config.batch_size)
     rule, rate = method_of(config, per_epoch), schedule(config, per_epoch)
     tx, key = optimizer(config, rate), jax.random.key(config.seed)

@@ -30,6 +30,7 @@ BAD = {
     "width": [0, -1.0, 0.05, math.nan, math.inf, True, "1"],
     "hidden": [(), (0,), (1.5,), (True,), 1024, ("a",), [64]],
     "precision": ["float16"],
+    "fuse": [1],
     "method": ["RigL", "", None],
     "execution": ["dense", "Sparse", None],
     "heuristic": ["nope", 3],
