@@ -19,7 +19,7 @@ from flax.core import tracers
 
 from dst.arena import VALUES, Arena, Connections, Part
 from dst.convolution import convolve, faster
-from dst.fusion import Marks, fused, plainly
+from dst.fusion import fused, plainly, region
 from dst.network import Network, is_foreign, is_layer, layer_path, skipped
 from dst.normalization import batch_norm, fits
 from dst.products import (
@@ -56,19 +56,18 @@ def forward(
     how many convolutions were fused.
     """
 
-    def run(marks, params, connections, collections, args, kwargs):
+    def run(mark, params, connections, collections, args, kwargs):
         interceptor = faster
         if isinstance(connections, Arena):
-            interceptor = sparse_layers(connections, params[VALUES]["kernel"], frozen, marks)
+            interceptor = sparse_layers(connections, params[VALUES]["kernel"], frozen, mark)
         variables = variables_of(params, connections, collections)
         with nn.intercept_methods(interceptor):
             return net.model.apply(variables, *args, **kwargs)
 
     given = params, connections, collections, args, kwargs
     if not fusible(net, params, connections):
-        return run(None, *given)
-    marks = Marks()
-    found, count = fused(functools.partial(run, marks), marks, *given)
+        return run(plainly, *given)
+    found, count = fused(functools.partial(run, region), *given)
     seen(count)
     return found
 
@@ -110,11 +109,8 @@ def part_of(module: nn.Module, parts: Mapping[str, Part]) -> Part | None:
     return part if part and module.has_variable(VALUES, "values") else None
 
 
-def sparse_layers(
-    arena: Arena, values: Array, frozen: bool, marks: Marks | None = None
-) -> Callable:
-    """Interceptor: y = W h + b of the sparse layers, from the arena; `marks` of fusing."""
-    mark = marks.run if marks else plainly
+def sparse_layers(arena: Arena, values: Array, frozen: bool, mark: Callable = plainly) -> Callable:
+    """Interceptor: y = W h + b of the sparse layers, from the arena; `mark` is `region` to fuse."""
     parts = {part.layer.path: part for part in arena.parts}
     maps = any(part.layer.kind == "conv" for part in arena.parts)
     passed, outside = [values], tracers.current_trace()
@@ -174,11 +170,11 @@ def linear(
     if covered(part.layer, values, h):
         body = frozen_convolution if frozen else convolution
 
-        def region(values, column, pointer, x):
+        def run(values, column, pointer, x):
             return body(part, values, Arena(column, pointer, ()), x)
 
         what = "convolution", part, frozen
-        found = mark(what, region, values, arena.column, arena.pointer, images)
+        found = mark(what, run, values, arena.column, arena.pointer, images)
         y, values = (found, values) if frozen else found
         if bias is not None:
             y = mark(("bias",), add_channel_bias, y, bias)

@@ -38,52 +38,70 @@ class Normed(NamedTuple):
     values: Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+class How(NamedTuple):
+    """What is the same in every step."""
+
+    part: Part
+    epsilon: float
+    frozen: bool = False  # no gradient of the values is wanted
+    tap: str = ""  # of `dst.probes`: "sums" of |h| and |delta|, or the gradient on a "subset"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def convolution_norm(
-    part: Part,
-    epsilon: float,
-    frozen: bool,
-    values: Array,
-    arena: Arena,
-    x: Read,
-    scale: Array,
-    bias: Array,
+    how: How, values: Array, arena: Arena, x: Read, scale: Array, bias: Array, probes: tuple = ()
 ) -> Normed:
     """Batch normalisation in train mode of W * x; x is a map, or the pair of a ReLU's output.
 
-    Shapes: x (N, H, W, n_in), scale and bias (n_out,) -> y (N, H', W', n_out). `frozen`: no
-    gradient of the values is wanted.
+    Shapes: x (N, H, W, n_in), scale and bias (n_out,) -> y (N, H', W', n_out). Probes are what the
+    tap reads beside h and y, and what is asked for comes back as their cotangents.
     """
-    return _norm_forward(part, epsilon, frozen, values, arena, x, scale, bias)[0]
+    return _norm_forward(how, values, arena, x, scale, bias, probes)[0]
 
 
-def _norm_forward(part, epsilon, frozen, values, arena, x, scale, bias):
+def _norm_forward(how, values, arena, x, scale, bias, probes):
+    part, epsilon = how.part, how.epsilon
     pointer = arena.pointer_of(part)
     y, (mean, variance) = kernels.convolve(
         values, arena.column, pointer, x, part.layer, moments=True
     )
     factor = scale * lax.rsqrt(variance + epsilon)
     k = jnp.stack([factor, bias - mean * factor])
-    return Normed(y, k, mean, variance, values), (values, arena, x, y, mean, variance, scale)
+    saved = values, arena, x, y, mean, variance, scale, probes
+    return Normed(y, k, mean, variance, values), saved
 
 
-def _norm_backward(part, epsilon, frozen, saved, cotangents):
-    values, arena, x, y, mean, variance, scale = saved
+def _norm_backward(how, saved, cotangents):
+    values, arena, x, y, mean, variance, scale, probes = saved
     du, (d_bias, products), d_mean, d_variance, gradient = cotangents
     count = y.size // y.shape[3]
-    inverse = lax.rsqrt(variance + epsilon)
+    inverse = lax.rsqrt(variance + how.epsilon)
     d_scale = inverse * (products - mean * d_bias)
     factor = scale * inverse
     # dy = factor du + b (y - mean) + c, a channel each: as in `normalization`.
     b = (2 * d_variance - factor * inverse * d_scale) / count
     c = (d_mean - factor * d_bias) / count
     dy = Read(du, jnp.stack([factor, b, c - b * mean]), y)
-    wanted = jnp.zeros(0, values.dtype) if frozen else gradient
+    tapped, after = _tapped(how, x, dy, probes)
+    wanted = jnp.zeros(0, values.dtype) if how.frozen else gradient
     dx, found, sums = kernels.convolve_backward(
-        values, arena.column, arena.pointer_of(part), x, dy, wanted, part.layer
+        values, arena.column, arena.pointer_of(how.part), x, dy, wanted, how.part.layer, after
     )
     d_x = Read(dx, None if x.k is None else sums)
-    return gradient if frozen else found, None, d_x, d_scale, d_bias
+    d_values = gradient if how.frozen else found
+    return d_values, None, d_x, d_scale, d_bias, tapped
+
+
+def _tapped(how: How, x: Read, dy: Read, probes: tuple) -> tuple[tuple, Array | None]:
+    """The cotangents of the probes, as of `tap_sums` and `tap_subset`, and what of it reads dy."""
+    if how.tap == "sums":
+        g = maps.magnitudes(dy)
+        return (maps.magnitudes(x), g), g
+    if how.tap == "subset":
+        column, output = jnp.divmod(probes[1], how.part.n_out)
+        G = kernels.convolve_gradient_on(column, output, x, dy, how.part.layer)
+        return (G, None), G
+    return (), None
 
 
 convolution_norm.defvjp(_norm_forward, _norm_backward)

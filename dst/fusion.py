@@ -1,7 +1,7 @@
 """Finds in an unmodified model what `dst.fused` computes at once: the jaxpr, evaluated lazily.
 
 The interceptor of `dst.execution` runs a sparse convolution, and batch normalisation in train mode,
-as jitted regions that `Marks` knows by name. The model is traced once, and its equations evaluated
+as a `region`, jitted and known by name. The model is traced once, and its equations evaluated
 one after the other; what is not recognised simply runs, a region too: its body is the plain
 operation. What is recognised may stay lazy:
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,10 +32,13 @@ import numpy as np
 from jax.extend import core
 
 from dst.arena import Arena
-from dst.fused import convolution_norm, joined, materialised, pooled
+from dst.fused import How, convolution_norm, joined, materialised, pooled
 from dst.kernels import Read
 
 Array = jax.Array
+
+
+KNOWN: dict[str, tuple] = {}  # what each name of a region stands for
 
 
 def plainly(what: tuple, body: Callable, *args: Any) -> Any:
@@ -42,21 +46,20 @@ def plainly(what: tuple, body: Callable, *args: Any) -> Any:
     return body(*args)
 
 
-class Marks:
-    """The regions of one trace, by the names that their equations have."""
+def region(what: tuple, body: Callable, *args: Any) -> Any:
+    """body(*args) as an equation of its own that is recognised as `what`.
 
-    def __init__(self) -> None:
-        self.known: dict[str, tuple] = {}
+    ("convolution", part, frozen) reads values, column, pointer, x; ("bias",) y, bias; ("norm",
+    epsilon) x, scale, bias; ("tap", kind) h, y and probes, and gives y.
+    """
 
-    def run(self, what: tuple, body: Callable, *args: Any) -> Any:
-        """body(*args) as a region that is recognised as `what`."""
+    def named(*args):
+        return body(*args)
 
-        def region(*args):
-            return body(*args)
-
-        region.__name__ = f"dst_{what[0]}_{len(self.known)}"
-        self.known[region.__name__] = what
-        return jax.jit(region)(*args)
+    # The same in every process, for JAX's compilation cache.
+    named.__name__ = f"dst_{what[0]}_{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}"
+    KNOWN[named.__name__] = what
+    return jax.jit(named)(*args)
 
 
 @dataclasses.dataclass
@@ -92,7 +95,7 @@ class Copies:
         return self.left.pop() if len(self.left) > 1 else self.left[0]
 
 
-def fused(call: Callable[..., Any], marks: Marks, *args: Any) -> tuple[Any, int]:
+def fused(call: Callable[..., Any], *args: Any) -> tuple[Any, int]:
     """call(*args), a pytree, and how many convolutions were fused. `call` is traced once."""
     leaves, tree = jax.tree.flatten(args)
     varying = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
@@ -108,7 +111,7 @@ def fused(call: Callable[..., Any], marks: Marks, *args: Any) -> tuple[Any, int]
 
     arrays = [leaf for leaf, v in zip(leaves, varying, strict=True) if v]
     closed = jax.make_jaxpr(traced)(*arrays)
-    evaluation = Evaluation(closed.jaxpr, marks)
+    evaluation = Evaluation(closed.jaxpr)
     results = iter(evaluation.run([*closed.consts, *arrays]))
     out_tree, is_array, found = rest
     out = [next(results) if array else leaf for leaf, array in zip(found, is_array, strict=True)]
@@ -118,8 +121,8 @@ def fused(call: Callable[..., Any], marks: Marks, *args: Any) -> tuple[Any, int]
 class Evaluation:
     """The equations of a jaxpr with values that may be lazy."""
 
-    def __init__(self, jaxpr: core.Jaxpr, marks: Marks):
-        self.jaxpr, self.marks, self.count = jaxpr, marks, 0
+    def __init__(self, jaxpr: core.Jaxpr):
+        self.jaxpr, self.count = jaxpr, 0
         self.values: dict[Any, Any] = {}
         self.readers: dict[Any, list] = {}
         for eqn in jaxpr.eqns:
@@ -151,20 +154,9 @@ class Evaluation:
         readers = self.readers.get(v, [])
         return readers[0] if len(readers) == 1 and not self.results[v] else None
 
-    def reader(self, eqn: Any, what: str) -> Any:
-        """The region that alone reads the map of an equation, if it is such a one."""
-        reader = self.only_reader(eqn.outvars[0])
-        if reader is None or self.region(reader)[0] != what:
-            return None
-        return reader if reader.invars[0] is eqn.outvars[0] else None
-
     def known(self, v: Any) -> bool:
         """Whether there is a value yet."""
         return isinstance(v, core.Literal) or v in self.values
-
-    def region(self, eqn: Any) -> tuple:
-        """What a region is, and its settings; ("",) if this is another equation."""
-        return self.marks.known.get(eqn.params.get("name", ""), ("",))
 
     def plainly(self, eqn: Any) -> list[Array]:
         """Its results, as if nothing were lazy."""
@@ -173,18 +165,14 @@ class Evaluation:
 
     def lazily(self, eqn: Any) -> list[Any] | None:
         """Its results, of which some may be lazy; None if it is not one of the table above."""
-        what = self.region(eqn)[0]
-        if what == "convolution":
+        if what(eqn)[0] == "convolution":
             return self.convolution(eqn)
         if id(eqn) in self.pending:
             return self.pending.pop(id(eqn))
         values = [self.read(v) for v in eqn.invars]
         first = values[0] if values else None
         if isinstance(first, Sum):
-            pair = first.pair
-            readers = len(self.readers.get(eqn.outvars[0], ())) + self.results[eqn.outvars[0]]
-            z = joined(2 if readers == 2 else 1, pair.y, pair.k, first.r)
-            return [Copies([*z])] if readers == 2 else [z[0]]
+            return self.joined(eqn, first)
         if isinstance(first, Pair) and not first.relu and is_relu(self.jaxpr, eqn):
             return [Pair(first.y, first.k, relu=True)]
         if isinstance(first, Pair) and first.relu and is_pooling(eqn):
@@ -193,35 +181,50 @@ class Evaluation:
             return self.addition(eqn, values)
         return None
 
+    def joined(self, eqn: Any, sum: Sum) -> list[Any]:
+        """relu(u + r); of two readers each has its own."""
+        v = eqn.outvars[0]
+        readers = [reader for reader in self.readers.get(v, ()) if what(reader)[0] != "tap"]
+        two = len(readers) + self.results[v] == 2
+        z = joined(2 if two else 1, sum.pair.y, sum.pair.k, sum.r)
+        return [Copies([*z])] if two else [z[0]]
+
+    def chain(self, eqn: Any) -> dict[str, Any]:
+        """The regions that follow a convolution, each its only reader: bias, tap, norm."""
+        found: dict[str, Any] = {}
+        for name, place in (("bias", 0), ("tap", 1), ("norm", 0)):
+            reader = self.only_reader(eqn.outvars[0])
+            if reader and what(reader)[0] == name and reader.invars[place] is eqn.outvars[0]:
+                found[name] = eqn = reader
+        return found
+
     def convolution(self, eqn: Any) -> list[Any] | None:
         """A convolution, and the batch normalisation that reads it, if nothing else does.
 
         A bias between them changes nothing but the mean.
         """
-        between = self.reader(eqn, "bias")
-        norm = self.reader(between or eqn, "norm")
-        vectors = [*(norm.invars[1:] if norm else ()), *(between.invars[1:] if between else ())]
-        if norm is None or any(not self.known(v) for v in vectors):
+        chain, first = self.chain(eqn), {"bias": 1, "tap": 2, "norm": 1}
+        others = {name: one.invars[first[name] :] for name, one in chain.items()}
+        if "norm" not in chain or not all(self.known(v) for vs in others.values() for v in vs):
             return None
-        _, part, frozen = self.region(eqn)
+        read = {name: [*map(self.array, vs)] for name, vs in others.items()}
+        _, part, frozen = what(eqn)
         values, column, pointer, x = eqn.invars
         source = self.read(x)
         lazy = isinstance(source, Pair) and source.relu and source.map is None
+        tap = what(chain["tap"])[1] if "tap" in chain else ""
         found = convolution_norm(
-            part,
-            self.region(norm)[1],
-            frozen,
+            How(part, what(chain["norm"])[1], frozen, tap),
             self.array(values),
             Arena(self.array(column), self.array(pointer), ()),
             Read(source.y, source.k) if lazy else Read(self.array(x)),
-            *map(self.array, norm.invars[1:]),
+            *read["norm"],
+            tuple(read.get("tap", ())),
         )
-        mean = found.mean
-        if between:
-            self.pending[id(between)] = [None]
-            mean += self.array(between.invars[1])
+        mean = found.mean + read["bias"][0] if "bias" in read else found.mean
         self.count += 1
-        self.pending[id(norm)] = [Pair(found.y, found.k), mean, found.variance]
+        self.pending |= {id(one): [None] for one in chain.values()}
+        self.pending[id(chain["norm"])] = [Pair(found.y, found.k), mean, found.variance]
         return [None] if frozen else [None, found.values]
 
     def addition(self, eqn: Any, values: list[Any]) -> list[Any] | None:
@@ -252,6 +255,11 @@ def alone(jaxpr: core.Jaxpr, eqn: Any) -> tuple[list[Any], Callable[..., list[Ar
 
 
 # ------------------------------------------------------------------------------ what is recognised
+def what(eqn: Any) -> tuple:
+    """What a region is, and its settings; ("",) if this is another equation."""
+    return KNOWN.get(eqn.params.get("name", ""), ("",))
+
+
 def is_relu(jaxpr: core.Jaxpr, eqn: Any) -> bool:
     """Whether this is nn.relu, with its own derivative: jnp.maximum(x, 0) has another one at 0."""
     if eqn.primitive.name != "custom_jvp_call" or len(eqn.invars) != 1:

@@ -42,6 +42,7 @@ HANDLERS = {
     "dst_pool_backward": "DstPoolBackward",
     "dst_join": "DstJoin",
     "dst_join_backward": "DstJoinBackward",
+    "dst_magnitudes": "DstMagnitudes",
     "dst_best": "DstBest",
     "dst_exchange": "DstExchange",
     "dst_move": "DstMove",
@@ -151,7 +152,7 @@ def convolve(
         input_layouts=[None, None, None, MAP, None],
         output_layouts=[MAP, None],
     )
-    y, found = call(values, column, pointer, *_activation(x), **_taps(layer, x.map))
+    y, found = call(values, column, pointer, *as_activation(x), **_taps(layer, x.map))
     return y, found
 
 
@@ -163,6 +164,7 @@ def convolve_backward(
     delta: Read,
     gradient: Array,
     layer: Layer,
+    after: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """dx, and dL/dw added to the layer's range of `gradient`, in place if XLA can give it away.
 
@@ -171,15 +173,19 @@ def convolve_backward(
     Shapes: x (N, H, W, n_in), delta (N, H', W', n_out), gradient (K,) -> dx as x, gradient, sums.
     """
     sums = jax.ShapeDtypeStruct((0,) if x.k is None else (2, layer.n_in), jnp.float32)
+    # What else reads delta goes first: else XLA may put it off, and hold every layer's delta.
+    first = jnp.zeros(0) if after is None else after
     call = kernel(
         "dst_convolve_backward",
         (like(x.map), like(gradient), sums),
-        input_layouts=[None, None, None, MAP, None, MAP, *_layouts(delta), None],
+        input_layouts=[None, None, None, MAP, None, MAP, *layouts(delta), None, None],
         output_layouts=[MAP, None, None],
         input_output_aliases={8: 1},
     )
-    maps = (*_activation(x), *_gradient(delta))
-    dx, gradient, sums = call(values, column, pointer, *maps, gradient, **_taps(layer, x.map))
+    maps = (*as_activation(x), *as_gradient(delta))
+    dx, gradient, sums = call(
+        values, column, pointer, *maps, gradient, first, **_taps(layer, x.map)
+    )
     return dx, gradient, sums
 
 
@@ -191,23 +197,26 @@ def convolve_gradient_on(column: Array, output: Array, x: Read, delta: Read, lay
     call = kernel(
         "dst_convolve_gradient_on",
         jax.ShapeDtypeStruct(column.shape, jnp.float32),
-        input_layouts=[None, None, MAP, None, MAP, *_layouts(delta)],
+        input_layouts=[None, None, MAP, None, MAP, *layouts(delta)],
     )
-    return call(column, output, *_activation(x), *_gradient(delta), **_taps(layer, x.map))
+    return call(column, output, *as_activation(x), *as_gradient(delta), **_taps(layer, x.map))
 
 
-def _activation(x: Read) -> tuple[Array, Array]:
+def as_activation(x: Read) -> tuple[Array, Array]:
+    """The arguments that say how x is read: the map, and k or nothing."""
     return x.map, jnp.zeros(0) if x.k is None else x.k
 
 
-def _gradient(delta: Read) -> tuple[Array, Array, Array]:
+def as_gradient(delta: Read) -> tuple[Array, Array, Array]:
+    """The arguments that say how delta is read: the map, the other one and k, or nothing."""
     nothing = jnp.zeros(0)
     if delta.k is None or delta.other is None:
         return delta.map, nothing, nothing
     return delta.map, delta.other, delta.k
 
 
-def _layouts(delta: Read) -> list:
+def layouts(delta: Read) -> list:
+    """How the last two of `as_gradient` lie."""
     return [None if delta.other is None else MAP, None]
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dst import kernels
-from dst.kernels import MAP, kernel, like
+from dst.kernels import MAP, Read, kernel, layouts, like
 
 Array = jax.Array
 
@@ -31,6 +31,15 @@ def channel_sums(a: Array, b: Array) -> tuple[Array, Array]:
 def _channel_sums(a: Array, b: Array, moments: bool) -> Array:
     call = kernel("dst_channel_sums", _two_a_channel(a), input_layouts=[MAP, MAP])
     return call(a, b, moments=moments, threads=np.int64(kernels.THREADS))
+
+
+def magnitudes(x: Read) -> Array:
+    """The sum of |x| of each channel, of x as it is read: (N, H, W, C) -> (C,)."""
+    sums = jax.ShapeDtypeStruct(x.map.shape[3:], jnp.float32)
+    call = kernel("dst_magnitudes", sums, input_layouts=[MAP, *layouts(x)])
+    nothing = jnp.zeros(0)
+    other, k = (nothing if a is None else a for a in (x.other, x.k))
+    return call(x.map, other, k, threads=np.int64(kernels.THREADS))
 
 
 def pool(y: Array, k: Array) -> Array:

@@ -43,7 +43,7 @@ def fits(module: nn.Module, x: Any, args: tuple, kwargs: dict) -> bool:
 def batch_norm(module: nn.BatchNorm, x: Array, mark: Callable) -> Array:
     """The module's output; its running averages are updated: (N, H, W, C) -> (N, H, W, C).
 
-    `mark(what, body, *args)` calls the body, see `fusion.Marks`.
+    `mark(what, body, *args)` calls the body, see `fusion.region`.
     """
     # Constants of the trace, which are there when the convolution before them is met.
     ones, zeros = np.ones(x.shape[3], np.float32), np.zeros(x.shape[3], np.float32)

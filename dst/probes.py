@@ -24,6 +24,7 @@ from jax import lax
 
 from dst import kernels, maps
 from dst.config import ConfigError
+from dst.fusion import plainly, region
 from dst.network import Layer, is_foreign, is_layer, layer_path, skipped
 from dst.products import covered
 
@@ -202,7 +203,8 @@ def gradient_on(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], S: M
         if not module.has_variable("probes", "c"):
             return y
         c, subset = module.get_variable("probes", "c"), module.get_variable("subset", "S")
-        return tap_subset(layer, h, y, c, subset)
+        mark = region if layer.kind == "conv" and covered(layer, h, h) else plainly
+        return mark(("tap", "subset"), functools.partial(tap_subset, layer), h, y, c, subset)
 
     subset = nested({path: {"S": positions} for path, positions in S.items()})
 
@@ -254,8 +256,10 @@ def observe_and_sum(
             return y
         probe = module.get_variable("probes", MARK)
         if layer.path in summed:
-            total = total_of_maps if covered(layer, h, h) else total_of
-            return tap_sums(total, h, y, probe["f"], probe["g"])
+            maps = covered(layer, h, h)
+            run = functools.partial(tap_sums, total_of_maps if maps else total_of)
+            mark = region if maps else plainly
+            return mark(("tap", "sums"), run, h, y, probe["f"], probe["g"])
         call, seen[layer.path] = seen[layer.path], seen[layer.path] + 1
         return tap_both(h, y, probe[str(call)]["h"], probe[str(call)]["y"])
 

@@ -17,12 +17,12 @@ constexpr int64_t kSums = 64 * 1024 / (4 * kLanes);
 
 // Sums of what each unit of a map received: a vector of float lanes, twice, then double.
 template <int W>
-struct Sums {
+struct Totals {
   using T = typename Tile<W>::T;
   T* lanes;
   double* total;
 
-  Sums(float* memory, int64_t units) : lanes(reinterpret_cast<T*>(memory)), total(nullptr) {
+  Totals(float* memory, int64_t units) : lanes(reinterpret_cast<T*>(memory)), total(nullptr) {
     for (int64_t i = 0; i < 2 * units; i++) lanes[i] = T{};
   }
   void add(int64_t u, const Tile<W>& a, const Tile<W>& b) {
@@ -47,7 +47,7 @@ struct Nothing {
 // the sums of y and of y y,
 template <int W>
 struct Moments {
-  Sums<W>& sums;
+  Totals<W>& sums;
   void operator()(int64_t u, int64_t, int64_t, Tile<W>& y) const { sums.add(u, y, y); }
 };
 // or du = dx where k0 x + k1 > 0, else 0: back through a ReLU; and the sums of du and of du x.
@@ -55,7 +55,7 @@ template <int W>
 struct Masked {
   const Source& x;
   int64_t units;
-  Sums<W>& sums;
+  Totals<W>& sums;
   void operator()(int64_t u, int64_t at, int64_t live, Tile<W>& du) const {
     using T = typename Tile<W>::T;
     float padded[W] = {};
@@ -148,7 +148,7 @@ template <int W>
 void forward_tiles(const Convolution& c, const Share& share, const Rings& rings, const Source& x,
                    float* y, double* totals) {
   const Direction& g = c.forward;
-  Sums<W> sums(rings.lanes, totals ? g.units : 0);
+  Totals<W> sums(rings.lanes, totals ? g.units : 0);
   for (int64_t w0 = 0; w0 < g.width; w0 += c.tile) {
     const int64_t w1 = at_most(w0 + c.tile, g.width);
     Ring<W> ring(g, share, x, rings.x, w0, w1);
@@ -185,7 +185,7 @@ class Backward {
   }
 
   // `masked` are the sums of du, what dx becomes through x's ReLU; null if x has none.
-  void run(float* dx, Sums<W>* masked, double* totals) {
+  void run(float* dx, Totals<W>* masked, double* totals) {
     const Direction& back = c_.backward;
     const int64_t r0 = dx_begin(share_.group0), r1 = dx_begin(share_.group1);
     int64_t begin = o0_;
@@ -254,7 +254,7 @@ void backward_tiles(const Convolution& c, const Share& share, const Rings& rings
   if (gradient) {
     for (int64_t i = 0; i < c.connections * kLanes; i++) rings.sums[i] = 0;
   }
-  Sums<W> masked(rings.lanes, totals ? c.backward.units : 0);
+  Totals<W> masked(rings.lanes, totals ? c.backward.units : 0);
   for (int64_t w0 = 0; w0 < c.forward.width; w0 += c.tile) {
     const int64_t w1 = at_most(w0 + c.tile, c.forward.width);
     Backward<W>(c, share, rings, x, delta, gradient, w0, w1)

@@ -75,18 +75,6 @@ ffi::ErrorOr<Array<Link>> links_of(const Geometry& g, const Floats& values, cons
   return links;
 }
 
-// A map as it is read: with k (2, C) as an activation; with other and k (3, C) as a gradient.
-ffi::ErrorOr<Source> source_of(const Floats& map, const Floats* other, const Floats& k) {
-  const int64_t C = map.dimensions()[3], coefficients = other ? 3 : 2;
-  if (k.element_count() == 0) return Source{map.typed_data(), nullptr, nullptr, Becomes::kItself};
-  if (int64_t(k.element_count()) != coefficients * C ||
-      (other && other->element_count() != map.element_count())) {
-    return ffi::Unexpected(wrong("dst: k is (2, C), or (3, C) beside another map; or empty."));
-  }
-  return Source{map.typed_data(), other ? other->typed_data() : nullptr, k.typed_data(),
-                other ? Becomes::kGradient : Becomes::kActivation};
-}
-
 // The totals (parts, units, 2) of a map: out (2, units), with `count` mean and variance.
 void write_sums(const Array<double>& totals, int64_t units, int64_t count, float* out) {
   const int64_t parts = int64_t(totals.size()) / (2 * units);
@@ -140,9 +128,10 @@ ffi::Error convolve(ffi::ThreadPool pool, Floats values, Ints column, Ints point
   return ffi::Error::Success();
 }
 
+// `after` is not read: it has to be there first, see dst/kernels.py.
 ffi::Error convolve_backward(ffi::ThreadPool pool, Floats values, Ints column, Ints pointer,
                              Floats x, Floats k, Floats delta, Floats other, Floats delta_k,
-                             Floats before, FloatResult dx, FloatResult gradient, FloatResult sums,
+                             Floats before, Floats /* after */, FloatResult dx, FloatResult gradient, FloatResult sums,
                              Taps taps, int64_t threads) {
   const auto g = geometry_of(x, delta, taps);
   if (!g.has_value()) return g.error();
@@ -251,6 +240,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstConvolveBackward, dst::convolve_backward,
                                   .Arg<Floats>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
+                                  .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()

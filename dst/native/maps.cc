@@ -24,12 +24,7 @@ void store(float* p, Samples<W> v) {
   *reinterpret_cast<Samples<W>*>(p) = v;
 }
 
-// Of a float or of each float of a vector. NaN stays NaN here and below: it has to reach the loss.
-template <class T>
-T relu(T u) {
-  return u <= T{} ? T{} : u;
-}
-
+// NaN stays NaN, as in relu.
 template <class T>
 T larger(T a, T b) {
   return (a > b) | (a != a) ? a : b;
@@ -130,6 +125,46 @@ void channel_sums(const Pixels& pixels, const float* a, const float* b, const Su
   });
 }
 
+// The sums of the absolute values of read(c)(width, where it stands in the map).
+template <class F>
+void sum_magnitudes(const Pixels& pixels, const Sums& sums, const F& read) {
+  sum_channels(pixels, sums, [=](int64_t p, int64_t c) {
+    const int64_t at = index(pixels, p, c);
+    const auto value = read(c);
+    return [=](auto width, int64_t n) {
+      constexpr int W = decltype(width)::value;
+      const Samples<W> v = value(width, at + n), zero{};
+      return Terms<W>{v < zero ? -v : v, zero};
+    };
+  });
+}
+
+void magnitudes(const Pixels& pixels, const Source& source, const Sums& sums) {
+  const float *map = source.map, *other = source.other, *k = source.k;
+  const int64_t C = pixels.channels;
+  switch (source.becomes) {
+    case Becomes::kItself:
+      return sum_magnitudes(pixels, sums, [=](int64_t) {
+        return [=](auto width, int64_t at) { return load<decltype(width)::value>(map + at); };
+      });
+    case Becomes::kActivation:
+      return sum_magnitudes(pixels, sums, [=](int64_t c) {
+        const Coefficients u(k, c, C);
+        return [=](auto width, int64_t at) {
+          return relu(u(load<decltype(width)::value>(map + at)));
+        };
+      });
+    case Becomes::kGradient:
+      return sum_magnitudes(pixels, sums, [=](int64_t c) {
+        const float a = k[c], b = k[C + c], d = k[2 * C + c];
+        return [=](auto width, int64_t at) {
+          constexpr int W = decltype(width)::value;
+          return a * load<W>(map + at) + (b * load<W>(other + at) + d);
+        };
+      });
+  }
+}
+
 void pool(const Pixels& pixels, const float* y, const float* k, float* out) {
   each_channel(pixels, [=](int64_t p, int64_t c) {
     const Coefficients u(k, c, pixels.channels);
@@ -202,7 +237,7 @@ void join_backward(const Pixels& pixels, const float* ga, const float* gb, const
 
 }  // namespace
 
-const MapsLevel map_levels::DST_LEVEL = {kLanes, channel_sums, pool,
-                                         pool_backward, join, join_backward};
+const MapsLevel map_levels::DST_LEVEL = {
+    kLanes, channel_sums, magnitudes, pool, pool_backward, join, join_backward};
 
 }  // namespace dst

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "convolve.h"
+
 namespace dst {
 
 // Pixels begin .. end - 1 of maps (H, W, C, N) in memory; for pooling those of the smaller map, each
@@ -21,6 +23,8 @@ struct MapsLevel {
   int64_t lanes;  // floats of a vector
   // The sums of a and of a b.
   void (*channel_sums)(const Pixels&, const float* a, const float* b, const Sums&);
+  // The sums of |what the source becomes|, and zeros.
+  void (*magnitudes)(const Pixels&, const Source&, const Sums&);
   // out = the maxima of the windows of relu(u).
   void (*pool)(const Pixels&, const float* y, const float* k, float* out);
   // du = g at the first maximum of its window if that is positive, else 0; the sums of du and of du y.

@@ -89,6 +89,22 @@ ffi::Error channel_sums(ffi::ThreadPool pool, Floats a, Floats b, FloatResult ou
   return ffi::Error::Success();
 }
 
+// out (C,): the sums of |what `map` becomes|, see `source_of`.
+ffi::Error magnitudes(ffi::ThreadPool pool, Floats map, Floats other, Floats k, FloatResult out,
+                      int64_t threads) {
+  if (!is_map(map) || int64_t(out->element_count()) != map.dimensions()[3]) {
+    return wrong("dst_magnitudes: maps are (N, H, W, C), the result (C,).");
+  }
+  const auto source = source_of(map, other.element_count() ? &other : nullptr, k);
+  if (!source.has_value()) return source.error();
+  const Pixels all = all_pixels(map.dimensions());
+  const auto sums = sum(pool, all, threads, [&](const Pixels& own, const Sums& to) {
+    level().maps->magnitudes(own, *source, to);
+  });
+  std::copy_n(sums.begin(), all.channels, out->typed_data());
+  return ffi::Error::Success();
+}
+
 ffi::Error pool_maps(ffi::ThreadPool pool, Floats y, Floats k, FloatResult out, int64_t threads) {
   if (!pools(y, k, out->dimensions())) {
     return wrong("dst_pool: maps are (N, H, W, C) with H and W even, k is (2, C).");
@@ -159,6 +175,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstChannelSums, dst::channel_sums,
                                   .Arg<Floats>()
                                   .Ret<Floats>()
                                   .Attr<bool>("moments")
+                                  .Attr<int64_t>("threads"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DstMagnitudes, dst::magnitudes,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
                                   .Attr<int64_t>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DstPool, dst::pool_maps,
                               ffi::Ffi::Bind()

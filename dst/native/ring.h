@@ -17,12 +17,6 @@ T load(const float* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-// A NaN stays one, so that a run with one stops.
-template <class T>
-T relu(T v) {
-  return v <= T{} ? T{} : v;
-}
-
 // The rows of a source that are being read, columns c0 .. c1 - 1, W samples of each channel.
 template <int W>
 class Ring {

@@ -75,6 +75,12 @@ struct Tile {
   }
 };
 
+// Of a float or of each float of a vector. NaN stays NaN: it has to reach the loss.
+template <class T>
+inline T relu(T u) {
+  return u <= T{} ? T{} : u;
+}
+
 template <int W>
 struct Width {
   static constexpr int value = W;
