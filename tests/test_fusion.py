@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dst
-from dst import execution, fusion, kernels
+from dst import execution, fusion, kernels, probes
 from dst.execution import forward
 from tests import tiny
-from tests.convolutions import normal
+from tests.convolutions import near, normal
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
 
@@ -181,6 +181,37 @@ def test_any_model_is_the_same_model(names, back):
         return before[-1]
 
     same(body, 1e-4)
+
+
+def test_a_rewire_sees_the_same_in_a_fused_model():
+    """Sums of |h| and |delta|, and the gradient on S, of maps that no kernel stores."""
+
+    def body(x):
+        x = pool(residual(two_readers(x)), (2, 2))
+        return nn.relu(norm()(conv(use_bias=True)(conv()(x))))
+
+    net, state, images = parts(body)
+    rng, found = np.random.default_rng(2), []
+    S = {p: rng.integers(layer.size, size=40, dtype=np.int32) for p, layer in net.layers.items()}
+    weight = normal(rng, len(images), 4)
+    for one in (net, net._replace(fuse=False)):
+        count: list[int] = []
+
+        def look(params, one=one, count=count):
+            def loss(extra):
+                collections = {**state.batch_stats, **extra}
+                options = {"frozen": True, "mutable": list(state.batch_stats), "seen": count.append}
+                y, _ = forward(one, params, state.masks, collections, images, **options)
+                return jnp.sum(weight * y)
+
+            maps = {path: layer for path, layer in one.layers.items() if layer.kind == "conv"}
+            _, sums = probes.observe_and_sum({}, maps, loss)
+            return sums, probes.gradient_on(one.layers, loss, S)
+
+        found.append(jax.jit(look)(state.params))
+        assert set(count) == ({5} if one.fuse else set())
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        near(np.asarray(a), np.asarray(b), 2e-5)
 
 
 @jax.custom_jvp

@@ -173,6 +173,8 @@ def test_wrong_arguments_are_named():
 def test_channels_are_summed_in_double(batch):
     rng = np.random.default_rng(10)
     a, b = 30 + normal(rng, batch, 6, 7, 5), normal(rng, batch, 6, 7, 5)
+    k, delta_k = normal(rng, 2, 5), normal(rng, 3, 5)
+    reads = kernels.Read(b), kernels.Read(b, k), kernels.Read(b, delta_k, a)
     with pytest.MonkeyPatch.context() as patch:
         for threads in (1, 3):
             patch.setattr(kernels, "THREADS", threads)
@@ -180,4 +182,9 @@ def test_channels_are_summed_in_double(batch):
             wide, axes = a.astype(np.float64), (0, 1, 2)
             near(np.asarray(found[0]), np.stack([wide.mean(axes), wide.var(axes)]), 1e-6)
             near(np.asarray(found[1]), np.stack([wide.sum(axes), (wide * b).sum(axes)]), 1e-6)
+            delta = delta_k[0] * b.astype(np.float64) + delta_k[1] * wide + delta_k[2]
+            values = b.astype(np.float64), np.maximum(k[0] * b.astype(np.float64) + k[1], 0), delta
+            for read, value in zip(reads, values, strict=True):
+                got = jax.jit(maps.magnitudes)(read)
+                near(np.asarray(got), np.abs(value).sum(axes), 1e-6)
             jax.clear_caches()
