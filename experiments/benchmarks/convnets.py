@@ -217,9 +217,8 @@ def main() -> None:
         return
     options.rounds = {**ROUNDS, **dict(options.rounds)}
     lines = measure.Lines(options.out)
-    # PyTorch's threads spin for each other, unless this says "passive".
-    policy = os.environ.get("OMP_WAIT_POLICY")
-    lines.add(measure.header("convnets", tunables=TUNABLES, omp_wait_policy=policy))
+    settings = {"tunables": TUNABLES, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+    lines.add(measure.header("convnets", ["torch"], dtype="float32", **settings))
     with tempfile.TemporaryDirectory() as folder:
         caching = {
             "JAX_COMPILATION_CACHE_DIR": folder,

@@ -12,8 +12,10 @@ Two numbers for a peak, both in bytes:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
+import importlib.metadata
 import json
 import os
 import statistics
@@ -160,13 +162,18 @@ def alone(module: str, *arguments: Any, environment: Mapping[str, str] = AT_ONCE
 
 
 # ------------------------------------------------------------------------------------------ output
-def header(benchmark: str, **settings: Any) -> dict[str, Any]:
-    """Versions, processor, threads, git revision, load, settings."""
+def header(benchmark: str, packages: Iterable[str] = (), **settings: Any) -> dict[str, Any]:
+    """Versions, of these packages too, processor, threads, git revision, load, settings."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    found = {k: v for k, v in log.header({}).items() if k != "config"}
+    for package in packages:
+        found["versions"][package] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found["versions"][package] = importlib.metadata.version(package)
     return {
         "benchmark": benchmark,
-        **{k: v for k, v in log.header({}).items() if k != "config"},
+        **found,
         "cpu": names[0] if names else None,
         "threads": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],

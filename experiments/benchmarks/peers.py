@@ -19,13 +19,10 @@ The second command needs a C++ compiler and the environment activated: sparsepro
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
 import statistics
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -98,26 +95,6 @@ def measure(size: int, density: float, rounds: int) -> list[dict]:
     return lines
 
 
-def header(rounds: int) -> dict[str, Any]:
-    """Versions, processor, threads, git revision."""
-    from dst import log
-
-    found = {k: v for k, v in log.header({}).items() if k != "config"}
-    for package in PACKAGES:
-        try:
-            found["versions"][package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found["versions"][package] = None
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    found |= {
-        "cpu": cpu[0].split(": ")[1],
-        "threads": turns.THREADS,
-        "batch": BATCH,
-        "rounds": rounds,
-    }
-    return {"benchmark": "peers", **found, "load": os.getloadavg()[0]}
-
-
 def table(lines: list[dict]) -> str:
     """Markdown: a row a peer, a column a layer, milliseconds."""
     columns = list(dict.fromkeys((line["size"], line["density"]) for line in lines))
@@ -140,7 +117,10 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.02, 0.01])
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
-    lines = [header(options.rounds)]
+    from experiments.benchmarks.measure import header  # jax, which not every peer's process needs
+
+    settings = {"threads": turns.THREADS, "batch": BATCH, "rounds": options.rounds}
+    lines = [header("peers", PACKAGES, **settings)]
     for size in options.sizes:
         for density in options.densities:
             lines += measure(size, density, options.rounds)
