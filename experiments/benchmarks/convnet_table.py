@@ -38,22 +38,19 @@ def number(value: float | None, scale: float = 1) -> str:
     return "–" if value is None else f"{value * scale:#.3g}".rstrip(".")
 
 
-def under(lines: list[Line], malloc: str, key: str) -> Line:
-    """What the line of this malloc has by this name."""
-    return next((line[key] for line in lines if line["malloc"] == malloc and key in line), {})
+def by(lines: list[Line], key: str, value: str) -> dict[tuple[str, str], Any]:
+    """A value of a row's lines: {("step" or "rewire", what `key` is there): value}."""
+    return {(line["what"], line[key]): line[value] for line in reversed(lines) if value in line}
 
 
 def times(lines: list[Line]) -> str:
     """Milliseconds of steps and rewires under both mallocs."""
     body = []
-    for row, own in rows([line for line in lines if "step" in line]):
-        cells = [row]
-        for malloc in ("default", "tuned"):
-            step = under(own, malloc, "step")
-            cells += [number(step.get(f"{what}_seconds"), 1e3) for what in ("median", "least")]
-        for malloc in ("default", "tuned"):
-            cells.append(number(under(own, malloc, "rewire").get("median_seconds"), 1e3))
-        body.append(cells)
+    for row, own in rows([line for line in lines if "median_seconds" in line]):
+        median, least = (by(own, "malloc", f"{which}_seconds") for which in ("median", "least"))
+        step = [of.get(("step", m)) for m in ("default", "tuned") for of in (median, least)]
+        rewire = [median.get(("rewire", malloc)) for malloc in ("default", "tuned")]
+        body.append([row, *(number(seconds, 1e3) for seconds in step + rewire)])
     head = ("ms", "a step", "least", "tuned malloc: a step", "least")
     return measure.table((*head, "a rewire", "tuned malloc: a rewire"), body)
 
@@ -62,9 +59,9 @@ def first(lines: list[Line]) -> str:
     """Seconds before anything else can be done."""
     body = []
     for row, own in rows([line for line in lines if "first_seconds" in line]):
-        found = {line["compiled"]: line["first_seconds"] for line in reversed(own)}
-        kinds = [(compiled, what) for compiled in ("cold", "cached") for what in ("step", "rewire")]
-        body.append([row, *(number(found.get(c, {}).get(what)) for c, what in kinds)])
+        found = by(own, "compiled", "first_seconds")
+        keys = [(what, kind) for kind in ("cold", "cached") for what in ("step", "rewire")]
+        body.append([row, *(number(found.get(key)) for key in keys)])
     head = ("s", "first step", "first rewire", "compiled before: first step", "first rewire")
     return measure.table(head, body)
 
@@ -74,11 +71,13 @@ def memory(lines: list[Line]) -> str:
     body = []
     for row, own in rows(lines):
         state = next((n for line in own if (n := line.get("weight_state_bytes"))), None)
-        peaks = {(x["malloc"], x["what"]): x["peak_bytes"] for x in own if "peak_bytes" in x}
-        get = lambda *key, peaks=peaks: peaks.get(key, {})  # noqa: E731
-        cells = [get("at once", what).get("rss") for what in ("step", "rewire")]
-        planned = [get("at once", what).get("xla") for what in ("step", "rewire")]
-        cells += [*planned, get("tuned", "step").get("rss"), state]
+        peaks = by(own, "malloc", "peak_bytes")
+        cells = [
+            peaks.get((what, "at once"), {}).get(kind)
+            for kind in ("rss", "xla")
+            for what in ("step", "rewire")
+        ]
+        cells += [peaks.get(("step", "tuned"), {}).get("rss"), state]
         body.append([row, *(number(cell, 1e-6) for cell in cells)])
     head = ("MB", "peak of a step", "of a rewire", "XLA plans: step", "rewire")
     return measure.table((*head, "tuned malloc: step", "weight state"), body)

@@ -63,40 +63,38 @@ def cases(model: str, sparsities: list[float]) -> Iterator[Case]:
         yield from (Case(model, variant) for variant in convnet_steps.VARIANTS[2:])
 
 
-def rewires(case: Case) -> bool:
-    """Whether its rewires are timed."""
-    return case.variant in ("sparse", "masked") and case.model != "mlp"
+def rewires(cases: list[Case]) -> list[Case]:
+    """Those of these networks."""
+    own = [c for c in cases if c.variant in ("sparse", "masked") and c.model != "mlp"]
+    return [case._replace(what="rewire") for case in own]
 
 
 def others(case: Case) -> list[Case]:
     """Rewires by other methods, of which only the first and its peak are measured."""
     names = [name for name in convnet_steps.METHODS if name != case.method]
-    return [case._replace(method=name, what="rewire") for name in names]
+    return [rewire._replace(method=name) for rewire in rewires([case]) for name in names]
 
 
 # ------------------------------------------------------------------------ in processes of their own
-def work(cases: list[Case], pipe: Connection) -> None:
-    """One network's step, and its rewire: what the first ones take, then turns."""
+def work(case: Case, pipe: Connection) -> None:
+    """A step or a rewire: what the first one takes, then turns."""
     turns.bind()
-    runs, first = {}, {}
-    for case in cases:
-        try:
-            program = program_of(case)
-        except ImportError as error:
-            pipe.send({"unavailable": f"{type(error).__name__}: {error}"})
-            return
-        arguments = jax.block_until_ready(program.begin())
-        sizes = program.sizes(arguments[0])
-        begin = time.perf_counter()
-        run = measure.Run(program.build(), *arguments)
-        jax.block_until_ready(run())
-        first[case.what] = time.perf_counter() - begin
-        del arguments
-        runs[case.what] = lambda run=run: jax.block_until_ready(run())
+    try:
+        program = program_of(case)
+    except ImportError as error:
+        pipe.send({"unavailable": f"{type(error).__name__}: {error}"})
+        return
+    arguments = jax.block_until_ready(program.begin())
+    sizes = program.sizes(arguments[0])
+    begin = time.perf_counter()
+    run = measure.Run(program.build(), *arguments)
+    jax.block_until_ready(run())
+    first = time.perf_counter() - begin
+    del arguments
     measure.settle()  # the compiler's memory
     names = ("parameters", "layer_parameters", "weight_state_bytes")
     pipe.send({**dict(zip(names, sizes, strict=True)), "first_seconds": first})
-    turns.serve(pipe, runs)
+    turns.serve(pipe, {case.what: lambda: jax.block_until_ready(run())})
 
 
 def peak(case: Case) -> dict[str, int]:
@@ -109,86 +107,69 @@ def peak(case: Case) -> dict[str, int]:
 
 
 # --------------------------------------------------------------------------------- what is measured
-def name_of(case: Case) -> dict[str, Any]:
-    """What a line of the log is about."""
-    return {k: v for k, v in case._asdict().items() if k != "what"}
-
-
 def start(case: Case, malloc: str, caching: dict[str, str]) -> turns.Worker:
-    """The process of a network under a malloc."""
-    both = [case] + ([case._replace(what="rewire")] if rewires(case) else [])
-    both = [case] if case.what == "rewire" else both
-    return turns.start(work, both, environment={**MALLOC[malloc], **caching})
+    """The process of a variant under a malloc."""
+    return turns.start(work, case, environment={**MALLOC[malloc], **caching})
 
 
-def times(case: Case, malloc: str, told: dict, taken: dict[str, list]) -> dict[str, Any]:
-    """The line of what was told and what the turns took."""
-    line = {**name_of(case), "malloc": malloc, **told}
-    for what, pairs in taken.items():
-        seconds, cpu = zip(*pairs, strict=True)
-        line[what] = {
-            **measure.summary(list(seconds)),
-            "cores_busy": round(statistics.median(np.divide(cpu, seconds)), 2),
-        }
-    return line
-
-
-def steps(model: str, options: argparse.Namespace, caching: dict) -> Iterator[dict[str, Any]]:
-    """A line for every variant and malloc: first and median step and rewire."""
-    workers, lines = {}, []
-    for case, malloc in itertools.product(cases(model, options.sparsity), options.malloc):
+def in_turns(
+    cases: list[Case], rounds: int, mallocs: list[str], caching: dict[str, str]
+) -> Iterator[dict[str, Any]]:
+    """A line for every case and malloc: the first call, and the median of the turns."""
+    workers, told = {}, {}
+    for case, malloc in itertools.product(cases, mallocs):
         worker = start(case, malloc, caching)
-        cold = malloc == options.malloc[0] or case.variant.startswith("torch")
-        told = {"compiled": "cold" if cold else "cached", **worker.told}
-        if "unavailable" in told:
-            yield times(case, malloc, worker.told, {})
-            continue
-        print(f"{model}, {case.variant}, {malloc}: first {told['first_seconds']}", flush=True)
-        workers[case, malloc] = worker._replace(told=told)
+        cold = malloc == mallocs[0] or case.variant.startswith("torch")
+        line = {**case._asdict(), "malloc": malloc, "compiled": "cold" if cold else "cached"}
+        told[case, malloc] = {**line, **worker.told}
+        if "unavailable" not in worker.told:
+            workers[case, malloc] = worker
+        print(f"{case.model}, {case.variant}, {case.what}, {malloc}: {worker.told}", flush=True)
     dense = {w.told["parameters"] for (case, _), w in workers.items() if case.variant != "sparse"}
     if len(dense) > 1:
         raise SystemExit(f"the dense networks have {dense} parameters, not all the same")
-    taken: dict[str, dict] = {"step": turns.take(workers, "step", options.rounds[model])}
-    rewiring = {key: worker for key, worker in workers.items() if rewires(key[0])}
-    taken["rewire"] = turns.take(rewiring, "rewire", options.rewires)
-    for key, worker in workers.items():
+    times = turns.take(workers, cases[0].what, rounds) if rounds else {}
+    for worker in workers.values():
         worker.stop()
-        own = {what: of[key] for what, of in taken.items() if key in of}
-        lines.append(times(*key, worker.told, own))
-    yield from lines
+    for key, line in told.items():
+        if key in times:
+            seconds, cpu = zip(*times[key], strict=True)
+            busy = round(statistics.median(np.divide(cpu, seconds)), 2)
+            line |= {**measure.summary(list(seconds)), "cores_busy": busy}
+        yield line
 
 
 def peaks(
     known: list[Case], options: argparse.Namespace, caching: dict
 ) -> Iterator[dict[str, Any]]:
-    """A line for every peak; and for the first rewires of other methods."""
-    wanted = [(case, "at once") for case in known]
-    wanted += [(c._replace(what="rewire"), "at once") for c in known if rewires(c)]
+    """A line for every peak."""
+    wanted = [(case, "at once") for case in [*known, *rewires(known), *others(known[0])]]
     if "tuned" in options.malloc:
         wanted += [(c, "tuned") for c in known if c.sparsity == options.sparsity[0]]
-    for other in others(known[0]) if rewires(known[0]) else []:
-        malloc = options.malloc[0]
-        worker = start(other, malloc, caching)
-        worker.stop()
-        yield times(other, malloc, {"compiled": "cold", **worker.told}, {})
-        wanted.append((other, "at once"))
     for case, malloc in wanted:
         set_ = MALLOC["tuned"] if malloc == "tuned" else {**MALLOC["default"], **measure.AT_ONCE}
         module = "experiments.benchmarks.convnets"
         environment = {**turns.MATH, **set_, **caching}
         found = measure.alone(module, "--alone", json.dumps(case), environment=environment)
-        yield {**name_of(case), "malloc": malloc, "what": case.what, "peak_bytes": found}
+        yield {**case._asdict(), "malloc": malloc, "peak_bytes": found}
 
 
-def cells(model: str, options: argparse.Namespace, caching: dict) -> Iterator[dict[str, Any]]:
-    """All lines of a network."""
+def cells(options: argparse.Namespace, caching: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """All lines: first those of time, in which nothing else should run."""
     missing = set()
-    for line in steps(model, options, caching):
-        yield line
-        if "unavailable" in line:
-            missing.add(line["variant"])
-    known = [case for case in cases(model, options.sparsity) if case.variant not in missing]
-    yield from peaks(known, options, caching)
+    for model in options.models:
+        own = [*cases(model, options.sparsity)]
+        for line in in_turns(own, options.rounds[model], options.malloc, caching):
+            yield line
+            if "unavailable" in line:
+                missing.add(line["variant"])
+        if model != "mlp":
+            yield from in_turns(rewires(own), options.rewires, options.malloc, caching)
+            yield from in_turns(others(own[0]), 0, options.malloc[:1], caching)
+    print("Now memory: from here on the machine may be busy.", flush=True)
+    for model in options.models:
+        known = [case for case in cases(model, options.sparsity) if case.variant not in missing]
+        yield from peaks(known, options, caching)
 
 
 def rounds(text: str) -> tuple[str, int]:
@@ -224,9 +205,8 @@ def main() -> None:
             "JAX_COMPILATION_CACHE_DIR": folder,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        for model in options.models:
-            for cell in cells(model, options, caching):
-                lines.add(cell)
+        for cell in cells(options, caching):
+            lines.add(cell)
     print(convnet_table.tables(lines.lines))
 
 
