@@ -124,7 +124,7 @@ def in_turns(
         told[case, malloc] = {**line, **worker.told}
         if "unavailable" not in worker.told:
             workers[case, malloc] = worker
-        print(f"{case.model}, {case.variant}, {case.what}, {malloc}: {worker.told}", flush=True)
+        print(*case, malloc, worker.told, flush=True)
     dense = {w.told["parameters"] for (case, _), w in workers.items() if case.variant != "sparse"}
     if len(dense) > 1:
         raise SystemExit(f"the dense networks have {dense} parameters, not all the same")
