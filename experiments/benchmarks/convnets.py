@@ -1,143 +1,213 @@
-"""ResNet-56 and VGG-16 at 98 %, sparse against masked: the same losses, the bytes of either.
+"""VGG-16 and ResNet-56: sparse and masked execution, plain Flax and PyTorch, in one run.
 
-    python -m experiments.benchmarks.convnets [--models vgg resnet] [--steps 200] [--rewire 100]
-                                              [--data_dir=DIR] [--out FILE.jsonl]
+    python -m experiments.benchmarks.convnets [--models vgg resnet mlp] [--malloc default tuned]
+        [--sparsity 0.98 0.95 0.9] [--rounds vgg=15 resnet=5 mlp=15] [--rewires 3]
+        [--out FILE.jsonl]
+    python -m experiments.benchmarks.convnets --show FILE.jsonl     # the tables of a log
 
-Real CIFAR-100 images, batch 128, in the same order without augmentation, the paper's optimizer, the
-same seed. Until the rewire (GSE-GraBo, which draws S otherwise) both should take the same steps, as
-far as float32 lets two runs do that: "perturbed" is the masked run with weights 1e-7 off. Each run
-has a process of its own; its peak is VmHWM while it steps, activations included.
+Batch 128, float32, two threads, random images, SGD with momentum and weight decay. Every variant,
+under every malloc, has a process of its own and is asked for one step at a time, in turns of
+random order, each after one that is not counted; then for rewires, the same way. "tuned" sets
+glibc's tunables before the process starts, see `TUNABLES`.
+
+First steps and rewires hold tracing, compiling and running. JAX's compilation cache lies in a
+folder that is made for the run: the first malloc finds it empty ("cold"), the second one full.
+Masked execution and the dense variants take the same time at any sparsity: they run at the first.
+
+Peaks are what a fresh process grows by, see `measure`: with a malloc that gives buffers back at
+once and, for what users would get, with the tuned one. "mlp" has sparse and masked steps only; the
+rest is in `mlp.py`.
+
+PyTorch (`pip install -e .[bench]`) is left out where it is not installed, and that is said. On a
+busy machine OMP_WAIT_POLICY=passive keeps its threads from spinning for one that does not run, ten
+times as long as a step takes.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
+import os
+import statistics
+import tempfile
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-import dst
-from dst import data, models
-from dst.arena import Arena
-from dst.config import default
-from dst.steps import classification, optimizer, schedule
-from experiments.benchmarks import measure
+from experiments.benchmarks import convnet_steps, convnet_table, measure, turns
+from experiments.benchmarks.convnet_steps import Case, program_of
 
-VARIANTS = ("masked", "perturbed", "sparse")
-
-
-def weight_bytes(state: Any) -> int:
-    """Bytes of the sparse layers between two steps: weights, structure, momentum."""
-    if isinstance(state.masks, Arena):
-        K = state.masks.column.nbytes  # 4 B a connection, as its value and its momentum
-        return 3 * K + state.masks.pointer.nbytes
-    return sum((4 + 4 + 1) * mask.size for mask in state.masks.values())
+TUNABLES = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:"
+    "glibc.malloc.trim_threshold=68719476736"
+)
+# The variable that is read before a process's first instruction; "" is as if it were not set.
+MALLOC = {"default": {"GLIBC_TUNABLES": ""}, "tuned": {"GLIBC_TUNABLES": TUNABLES}}
+ROUNDS = {"vgg": 15, "resnet": 5, "mlp": 15}
+REWIRES = 3
+FULL = 0  # what `measure.growth` calls the network that is measured
 
 
-def batches(images: np.ndarray, labels: np.ndarray, size: int, steps: int):
-    """Normalised images (B, 32, 32, 3) and labels (B,), in a fixed random order."""
-    order = np.random.default_rng(0).permutation(len(labels))
-    for step in range(steps):
-        chosen = order[np.arange(step * size, (step + 1) * size) % len(order)]
-        yield images[chosen], labels[chosen]
+# ---------------------------------------------------------------------------------------- the cases
+def cases(model: str, sparsities: list[float]) -> Iterator[Case]:
+    """The variants whose steps are compared."""
+    yield from (Case(model, "sparse", sparsity) for sparsity in sparsities)
+    yield Case(model, "masked", sparsities[0])
+    if model != "mlp":
+        yield from (Case(model, variant) for variant in convnet_steps.VARIANTS[2:])
 
 
-def perturbed(params: Any) -> Any:
-    """Every parameter times 1 + 1e-7 or 1 - 1e-7, at random: its last bit."""
-    rng = np.random.default_rng(1)
-    signs = lambda a: rng.choice([-1, 1], a.shape)  # noqa: E731
-    return jax.tree.map(lambda a: a * (1 + 1e-7 * signs(a)).astype(np.float32), params)
+def rewires(cases: list[Case]) -> list[Case]:
+    """Those of these networks."""
+    own = [c for c in cases if c.variant in ("sparse", "masked") and c.model != "mlp"]
+    return [case._replace(what="rewire") for case in own]
 
 
-def run(model: str, variant: str, steps: int, rewire_at: int, data_dir: str) -> dict[str, Any]:
-    """One line: the loss of every step, seconds and bytes."""
-    config = default().copy_and_resolve_references().unlock()
-    config.model, config.dataset = model, "cifar100"
-    dataset = data.load("cifar100", data_dir, 0)
-    net = dst.network(
-        models.build(config, dataset.num_classes),
-        jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32),
-        train=False,
-        execution="sparse" if variant == "sparse" else "masked",
-    )
-    tx = optimizer(config, schedule(config, 390))
-    method = dst.method("gse", config.sparsity, every=rewire_at, end=46_800)
-    state = dst.init_state(net, tx, method, jax.random.key(0))
-    if variant == "perturbed":
-        state = state.replace(params=perturbed(state.params))
-    update = dst.make_update(net, tx, classification, donate=True)
-    rewire = dst.make_rewire(net, tx, method, classification, donate=True)
-    losses, seconds, rewired = [], [], []
-    for step, (images, labels) in enumerate(
-        batches(dataset.train_images, dataset.train_labels, config.batch_size, steps)
-    ):
-        batch = (np.asarray(data.normalise(images, dataset.mean, dataset.std)), labels)
-        begin = time.perf_counter()
-        if dst.due(method, step):
-            state, _ = jax.block_until_ready(rewire(state, batch))
-            rewired.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        state, metrics = update(state, batch)
-        losses.append(float(metrics["loss"]))
-        seconds.append(time.perf_counter() - begin)
-        if step == 1:
-            base = measure.settle()  # state and data are there, the step is compiled
-            measure.forget_peak()
-        if step == min(rewire_at, steps) - 1:
-            peak = measure.peak_since() - base + weight_bytes(state)
-    return {
-        "model": model,
-        "variant": variant,
-        "weight_state_bytes": weight_bytes(state),
-        "step_peak_bytes": peak,
-        "step": measure.summary(seconds[2:]),
-        "rewire_seconds": rewired,
-        "losses": losses,
-    }
+def others(case: Case) -> list[Case]:
+    """Rewires by other methods, of which only the first and its peak are measured."""
+    names = [name for name in convnet_steps.METHODS if name != case.method]
+    return [rewire._replace(method=name) for rewire in rewires([case]) for name in names]
 
 
-def table(lines: list[dict[str, Any]], rewire_at: int) -> str:
-    """Markdown, and how far the losses are apart before the first rewire."""
-    rows = []
-    for model in dict.fromkeys(line["model"] for line in lines):
-        runs = [line for line in lines if line["model"] == model]
-        for line in runs:
-            apart = np.abs(np.subtract(*(x["losses"][:rewire_at] for x in (line, runs[0]))))
-            rows.append(
-                (
-                    f"{model}, {line['variant']}",
-                    f"{line['weight_state_bytes'] / 1e6:.3f}",
-                    f"{line['step_peak_bytes'] / 1e6:.0f}",
-                    f"{line['step']['median_seconds']:.3f}",
-                    f"{np.mean(line['losses'][:10]):.3f} → {np.mean(line['losses'][-10:]):.3f}",
-                    ", ".join(f"{apart[:n].max():.1g}" for n in (3, 10, len(apart))),
-                )
-            )
-    head = ("network", "weight state, MB", "step's peak, MB", "s a step", "loss, 10 steps")
-    return measure.table((*head, "loss off masked's, at most: 3, 10, all steps"), rows)
+# ------------------------------------------------------------------------ in processes of their own
+def work(case: Case, pipe: Connection) -> None:
+    """A step or a rewire: what the first one takes, then turns."""
+    turns.bind()
+    try:
+        program = program_of(case)
+    except ImportError as error:
+        pipe.send({"unavailable": f"{type(error).__name__}: {error}"})
+        return
+    arguments = jax.block_until_ready(program.begin())
+    sizes = program.sizes(arguments[0])
+    begin = time.perf_counter()
+    run = measure.Run(program.build(), *arguments)
+    jax.block_until_ready(run())
+    first = time.perf_counter() - begin
+    del arguments
+    measure.settle()  # the compiler's memory
+    names = ("parameters", "layer_parameters", "weight_state_bytes")
+    pipe.send({**dict(zip(names, sizes, strict=True)), "first_seconds": first})
+    turns.serve(pipe, {case.what: lambda: jax.block_until_ready(run())})
+
+
+def peak(case: Case) -> dict[str, int]:
+    """Bytes at the peak of two steps or rewires; in a fresh process."""
+    programs = {FULL: program_of(case), measure.SMALL: program_of(case.small)}
+    built = {n: program.build() for n, program in programs.items()}
+    prepare = lambda n: measure.Run(built[n], *programs[n].begin())  # noqa: E731
+    planned = {} if case.variant.startswith("torch") else {"xla": measure.xla_peak(built[FULL])}
+    return {**planned, "rss": measure.growth(prepare, FULL)}
+
+
+# --------------------------------------------------------------------------------- what is measured
+def start(case: Case, malloc: str, caching: dict[str, str]) -> turns.Worker:
+    """The process of a variant under a malloc."""
+    return turns.start(work, case, environment={**MALLOC[malloc], **caching})
+
+
+def in_turns(
+    cases: list[Case], rounds: int, mallocs: list[str], caching: dict[str, str]
+) -> Iterator[dict[str, Any]]:
+    """A line for every case and malloc: the first call, and the median of the turns."""
+    workers, told = {}, {}
+    for case, malloc in itertools.product(cases, mallocs):
+        worker = start(case, malloc, caching)
+        cold = malloc == mallocs[0] or case.variant.startswith("torch")
+        line = {**case._asdict(), "malloc": malloc, "compiled": "cold" if cold else "cached"}
+        told[case, malloc] = {**line, **worker.told}
+        if "unavailable" not in worker.told:
+            workers[case, malloc] = worker
+        print(*case, malloc, worker.told, flush=True)
+    dense = {w.told["parameters"] for (case, _), w in workers.items() if case.variant != "sparse"}
+    if len(dense) > 1:
+        raise SystemExit(f"the dense networks have {dense} parameters, not all the same")
+    times = turns.take(workers, cases[0].what, rounds) if rounds else {}
+    for worker in workers.values():
+        worker.stop()
+    for key, line in told.items():
+        if key in times:
+            seconds, cpu = zip(*times[key], strict=True)
+            busy = round(statistics.median(np.divide(cpu, seconds)), 2)
+            line |= {**measure.summary(list(seconds)), "cores_busy": busy}
+        yield line
+
+
+def peaks(
+    known: list[Case], options: argparse.Namespace, caching: dict
+) -> Iterator[dict[str, Any]]:
+    """A line for every peak."""
+    wanted = [(case, "at once") for case in [*known, *rewires(known), *others(known[0])]]
+    if "tuned" in options.malloc:
+        wanted += [(c, "tuned") for c in known if c.sparsity == options.sparsity[0]]
+    for case, malloc in wanted:
+        set_ = MALLOC["tuned"] if malloc == "tuned" else {**MALLOC["default"], **measure.AT_ONCE}
+        module = "experiments.benchmarks.convnets"
+        environment = {**turns.MATH, **set_, **caching}
+        found = measure.alone(module, "--alone", json.dumps(case), environment=environment)
+        yield {**case._asdict(), "malloc": malloc, "peak_bytes": found}
+
+
+def cells(options: argparse.Namespace, caching: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """All lines: first those of time, in which nothing else should run."""
+    missing = set()
+    for model in options.models:
+        own = [*cases(model, options.sparsity)]
+        for line in in_turns(own, options.rounds[model], options.malloc, caching):
+            yield line
+            if "unavailable" in line:
+                missing.add(line["variant"])
+        if model != "mlp":
+            yield from in_turns(rewires(own), options.rewires, options.malloc, caching)
+            yield from in_turns(others(own[0]), 0, options.malloc[:1], caching)
+    print("Now memory: from here on the machine may be busy.", flush=True)
+    for model in options.models:
+        known = [case for case in cases(model, options.sparsity) if case.variant not in missing]
+        yield from peaks(known, options, caching)
+
+
+def rounds(text: str) -> tuple[str, int]:
+    """MODEL=NUMBER."""
+    model, _, number = text.partition("=")
+    if model not in ROUNDS or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be MODEL=ROUNDS, not {text!r}")
+    return model, int(number)
 
 
 def main() -> None:
     """Measure, print, append."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--models", nargs="+", default=["vgg", "resnet"])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rewire", type=int, default=100)
-    parser.add_argument("--data_dir", default="")
+    parser.add_argument("--models", nargs="+", choices=ROUNDS, default=[*ROUNDS])
+    parser.add_argument("--malloc", nargs="+", choices=MALLOC, default=[*MALLOC])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.98, 0.95, 0.9])
+    parser.add_argument("--rounds", type=rounds, nargs="+", default=[])
+    parser.add_argument("--rewires", type=int, default=REWIRES)
+    parser.add_argument("--show", type=Path, help="print the tables of a log, measure nothing")
     options = parser.parse_args()
     if options.alone:
-        print(json.dumps(run(*json.loads(options.alone))))
+        print(json.dumps(peak(Case(*json.loads(options.alone)))))
         return
+    if options.show:
+        print(convnet_table.tables(map(json.loads, options.show.read_text().splitlines())))
+        return
+    options.rounds = {**ROUNDS, **dict(options.rounds)}
     lines = measure.Lines(options.out)
-    lines.add(measure.header("convnets", dtype="float32"))
-    for model in options.models:
-        for variant in VARIANTS:
-            case = (model, variant, options.steps, options.rewire, options.data_dir)
-            module = "experiments.benchmarks.convnets"
-            lines.add(measure.alone(module, "--alone", json.dumps(case)))
-    print(table(lines.lines[1:], options.rewire))
+    settings = {"tunables": TUNABLES, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+    lines.add(measure.header("convnets", ["torch"], dtype="float32", **settings))
+    with tempfile.TemporaryDirectory() as folder:
+        caching = {
+            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        for cell in cells(options, caching):
+            lines.add(cell)
+    print(convnet_table.tables(lines.lines))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ Two numbers for a peak, both in bytes:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
+import importlib.metadata
 import json
 import os
 import statistics
@@ -27,10 +29,39 @@ from typing import Any
 import jax
 
 from dst import log
+from dst.rewire import rewire_body
+from dst.steps import classification
+from dst.update import parallel, update_body
 
 MIB = 2**20
 LEAST_ROUNDS = 5
 SMALL = 64  # units of a layer whose memory is nothing
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # malloc gives every larger buffer back at once
+
+
+# ---------------------------------------------------------------------------------- what is called
+def program(net: Any, tx: Any, method: Any, what: str, shapes: Any) -> Any:
+    """The compiled "step" or "rewire" of a classifier; as in `dst.train`, the state is given away.
+
+    `shapes` are those of state and batch, the batch (1, B, ...).
+    """
+    one = jax.local_devices()[:1]
+    if what == "step":
+        body = update_body(net, tx, classification)
+        return parallel(body, (None, 0), one, donate=(0,)).lower(*shapes).compile()
+    body = rewire_body(net, tx, method, classification)
+    return parallel(body, (None, 0, None), one, donate=(0,)).lower(*shapes, {}).compile()
+
+
+class Run:
+    """A compiled step or rewire and the state that it takes and returns."""
+
+    def __init__(self, program: Any, state: Any, *rest: Any):
+        self.program, self.state, self.rest = program, state, rest
+
+    def __call__(self) -> Any:
+        self.state, told = self.program(self.state, *self.rest)
+        return self.state, told
 
 
 # -------------------------------------------------------------------------------------------- time
@@ -117,13 +148,13 @@ def _status(field: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def alone(module: str, *arguments: Any) -> dict[str, Any]:
+def alone(module: str, *arguments: Any, environment: Mapping[str, str] = AT_ONCE) -> dict[str, Any]:
     """The last line, JSON, that `module` prints in a fresh process.
 
-    Its malloc gives every larger buffer back at once; how long glibc keeps one depends on history.
+    Its malloc gives buffers back `AT_ONCE`; how long glibc keeps one otherwise depends on history.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, **environment}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
@@ -131,13 +162,18 @@ def alone(module: str, *arguments: Any) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------ output
-def header(benchmark: str, **settings: Any) -> dict[str, Any]:
-    """Versions, processor, threads, git revision, load, settings."""
+def header(benchmark: str, packages: Iterable[str] = (), **settings: Any) -> dict[str, Any]:
+    """Versions, of these packages too, processor, threads, git revision, load, settings."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    found = {k: v for k, v in log.header({}).items() if k != "config"}
+    for package in packages:
+        found["versions"][package] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found["versions"][package] = importlib.metadata.version(package)
     return {
         "benchmark": benchmark,
-        **{k: v for k, v in log.header({}).items() if k != "config"},
+        **found,
         "cpu": names[0] if names else None,
         "threads": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],

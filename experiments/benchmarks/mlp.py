@@ -28,9 +28,6 @@ import dst
 from dst import kernels
 from dst.masks import active_count
 from dst.models import MLP
-from dst.rewire import rewire_body
-from dst.steps import classification
-from dst.update import parallel, update_body
 from experiments.benchmarks import measure
 
 VARIANTS = ("kernels", "pure JAX", "masked")
@@ -90,33 +87,15 @@ def shapes_of(task: Task, variant: str) -> Any:
 
 def compiled(task: Task, variant: str, what: str) -> Any:
     """The compiled "step" or "rewire"; like those of `dst.train`, it is given the state away."""
-    net, tx, method = tools(task, variant)
-    shapes = shapes_of(task, variant)
-    one = jax.local_devices()[:1]
     available = kernels.available() and variant == "kernels"
     with mock.patch.object(kernels, "available", lambda: available):  # asked while it is traced
-        if what == "step":
-            body = update_body(net, tx, classification)
-            return parallel(body, (None, 0), one, donate=(0,)).lower(*shapes).compile()
-        body = rewire_body(net, tx, method, classification)
-        return parallel(body, (None, 0, None), one, donate=(0,)).lower(*shapes, {}).compile()
+        return measure.program(*tools(task, variant), what, shapes_of(task, variant))
 
 
-class Run:
-    """A compiled step or rewire and the state that it takes and returns."""
-
-    def __init__(self, program: Any, state: Any, *rest: Any):
-        self.program, self.state, self.rest = program, state, rest
-
-    def __call__(self) -> Any:
-        self.state, told = self.program(self.state, *self.rest)
-        return self.state, told
-
-
-def run_of(task: Task, variant: str, what: str, program: Any) -> Run:
+def run_of(task: Task, variant: str, what: str, program: Any) -> measure.Run:
     """Ready to be called."""
     batch = jax.tree.map(jnp.array, batch_of(task))
-    return Run(program, state_of(task, variant), batch, *([{}] if what == "rewire" else []))
+    return measure.Run(program, state_of(task, variant), batch, *([{}] if what == "rewire" else []))
 
 
 # --------------------------------------------------------------------------------- what is measured

@@ -19,29 +19,23 @@ The second command needs a C++ compiler and the environment activated: sparsepro
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import json
-import multiprocessing
-import os
 import statistics
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from experiments.benchmarks import turns
 from experiments.benchmarks.peer_steps import BATCH, LEARNING_RATE, MOMENTUM, PEERS, Sparse, sparse
 
-THREADS = 2
 TOLERANCE = 1e-5  # relative, of float32 against float64
 PACKAGES = ("torch", "sparseprop", "sparselab", "scipy")
 
 
 def work(name: str, size: int, density: float, pipe: Connection) -> None:
     """The process of one peer: what it computes first, then the times of one step a request."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    turns.bind()
     layer = sparse(size, density)
     try:
         peer = PEERS[name](layer)
@@ -53,12 +47,7 @@ def work(name: str, size: int, density: float, pipe: Connection) -> None:
     if peer.transposed:
         y, dx = y.T, dx.T
     pipe.send((y, dx, gradient[peer.connections], values[peer.connections] - layer.values))
-    with contextlib.suppress(EOFError):  # the benchmark has given up
-        while pipe.recv():
-            peer.step()  # the other peers have emptied the caches
-            begin, cpu = time.perf_counter(), time.process_time()
-            peer.step()
-            pipe.send((time.perf_counter() - begin, time.process_time() - cpu))
+    turns.serve(pipe, {"step": peer.step})
 
 
 def reference(layer: Sparse) -> tuple[np.ndarray, ...]:
@@ -69,18 +58,13 @@ def reference(layer: Sparse) -> tuple[np.ndarray, ...]:
     return x @ weights.T, delta @ weights, gradient, -LEARNING_RATE * (2 + MOMENTUM) * gradient
 
 
-def start(size: int, density: float) -> tuple[dict, dict, list[dict]]:
-    """{peer: process}, {peer: pipe}, lines: those that are there, and what was found out."""
-    context = multiprocessing.get_context("spawn")
+def start(size: int, density: float) -> tuple[dict[str, turns.Worker], list[dict]]:
+    """{peer: process}, lines: those that are there, and what was found out."""
     right = reference(sparse(size, density))
-    processes, pipes, lines = {}, {}, []
+    workers, lines = {}, []
     for name in PEERS:
-        pipe, theirs = context.Pipe()
-        process = context.Process(target=work, args=(name, size, density, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        line = {"peer": name, "size": size, "density": density}
-        got = pipe.recv()
+        worker = turns.start(work, name, size, density)
+        line, got = {"peer": name, "size": size, "density": density}, worker.told
         if isinstance(got, str):
             lines.append(line | {"unavailable": got})
             continue
@@ -90,24 +74,17 @@ def start(size: int, density: float) -> tuple[dict, dict, list[dict]]:
         lines.append(line | {"relative_error": dict(zip(names, errors, strict=True))})
         if not max(errors) < TOLERANCE:
             raise SystemExit(f"{name} computes something else: {lines[-1]}")
-        processes[name], pipes[name] = process, pipe
+        workers[name] = worker
         print(f"{name}: relative error {max(errors):.1e}", flush=True)
-    return processes, pipes, lines
+    return workers, lines
 
 
 def measure(size: int, density: float, rounds: int) -> list[dict]:
     """A line for every peer: medians of `rounds` steps."""
-    processes, pipes, lines = start(size, density)
-    times: dict[str, list] = {name: [] for name in pipes}
-    rng = np.random.default_rng(0)
-    for _ in range(rounds):
-        for name in rng.permutation([*pipes]):
-            time.sleep(0.02)  # OpenMP's threads spin for a while after the last one's step
-            pipes[name].send(True)
-            times[name].append(pipes[name].recv())
-    for name, pipe in pipes.items():
-        pipe.send(False)
-        processes[name].join()
+    workers, lines = start(size, density)
+    times = turns.take(workers, "step", rounds)
+    for worker in workers.values():
+        worker.stop()
     for line in lines:
         if line["peer"] in times:
             seconds, cpu = zip(*times[line["peer"]], strict=True)
@@ -116,21 +93,6 @@ def measure(size: int, density: float, rounds: int) -> list[dict]:
             line["rounds"] = rounds
             line["cores_busy"] = round(statistics.median(np.divide(cpu, seconds)), 2)
     return lines
-
-
-def header(rounds: int) -> dict[str, Any]:
-    """Versions, processor, threads, git revision."""
-    from dst import log
-
-    found = {k: v for k, v in log.header({}).items() if k != "config"}
-    for package in PACKAGES:
-        try:
-            found["versions"][package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found["versions"][package] = None
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    found |= {"cpu": cpu[0].split(": ")[1], "threads": THREADS, "batch": BATCH, "rounds": rounds}
-    return {"benchmark": "peers", **found, "load": os.getloadavg()[0]}
 
 
 def table(lines: list[dict]) -> str:
@@ -155,9 +117,10 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.02, 0.01])
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
-    for library in ("OMP", "MKL", "OPENBLAS"):  # read when a peer's process loads it
-        os.environ[f"{library}_NUM_THREADS"] = str(THREADS)
-    lines = [header(options.rounds)]
+    from experiments.benchmarks.measure import header  # jax, which not every peer's process needs
+
+    settings = {"threads": turns.THREADS, "batch": BATCH, "rounds": options.rounds}
+    lines = [header("peers", PACKAGES, **settings)]
     for size in options.sizes:
         for density in options.densities:
             lines += measure(size, density, options.rounds)

@@ -37,9 +37,8 @@ BATCH, CLASSES = 128, 100
 
 
 def plain_step(model, tx, interceptor):
-    """The step that one would write without `dst`."""
+    """The step that one would write without `dst`, to be jitted."""
 
-    @jax.jit
     def step(variables, opt_state, x, y):
         with nn.intercept_methods(interceptor):
             return run(variables, opt_state, x, y)
@@ -80,8 +79,8 @@ def variants(kind: str, sparsity: float) -> dict:
         (None, 0),
         one,
     )
-    xla = plain_step(model, tx, lambda call, args, kwargs, _: call(*args, **kwargs))
-    fast = plain_step(model, tx, faster)
+    xla = jax.jit(plain_step(model, tx, lambda call, args, kwargs, _: call(*args, **kwargs)))
+    fast = jax.jit(plain_step(model, tx, faster))
     variables = {"params": state.params, **state.batch_stats}
     return {
         "plain": lambda: xla(variables, state.opt_state, x, y),
