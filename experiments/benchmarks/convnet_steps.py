@@ -38,7 +38,8 @@ METHODS = {
     "GSE-GraEst": ("gse", {"heuristic": "graest"}),
     "RigL, streamed": ("rigl", {"growth_memory": "streamed"}),
 }
-VARIANTS = ("sparse", "masked", "plain", "torch", "torch, channels last")
+DENSE = ("plain", "torch", "torch, channels last")
+VARIANTS = ("sparse", "sparse, not fused", "masked", *DENSE)
 
 
 class Case(NamedTuple):
@@ -85,11 +86,14 @@ def batch_of(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(10, size=size, dtype=np.int32)
 
 
-def network(case: Case, execution: str = "masked") -> dst.Network:
+def network(case: Case) -> dst.Network:
     """The case's model as it is in `dst.models`, unmodified."""
     build, shape = MODELS[case.model]
     example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    return dst.network(build(), example, train=False, execution=execution)
+    execution = "sparse" if "sparse" in case.variant else "masked"
+    return dst.network(
+        build(), example, train=False, execution=execution, fuse="fused" not in case.variant
+    )
 
 
 def sgd() -> Any:
@@ -101,7 +105,7 @@ def sgd() -> Any:
 def sparse_program(case: Case) -> Program:
     """`dst`'s own step or rewire, in sparse or masked execution."""
     name, options = METHODS[case.method]
-    net, tx = network(case, case.variant), sgd()
+    net, tx = network(case), sgd()
     method = dst.method(name, case.sparsity, every=EVERY, **options)
 
     def begin() -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from experiments.benchmarks import measure
-from experiments.benchmarks.convnet_steps import NAMES
+from experiments.benchmarks.convnet_steps import DENSE, NAMES
 
 Line = dict[str, Any]
 
@@ -20,8 +20,7 @@ def tables(lines: Iterable[Line]) -> str:
 
 def label(line: Line) -> str:
     """The network and variant of a row."""
-    sparse = line["variant"] in ("sparse", "masked")
-    share = f", {100 * line['sparsity']:g} %" if sparse else ""
+    share = "" if line["variant"] in DENSE else f", {100 * line['sparsity']:g} %"
     method = "" if line["method"] == "GSE-GraBo" else f", {line['method']}"
     return f"{NAMES[line['model']]}: {line['variant']}{share}{method}"
 
@@ -48,11 +47,11 @@ def times(lines: list[Line]) -> str:
     body = []
     for row, own in rows([line for line in lines if "median_seconds" in line]):
         median, least = (by(own, "malloc", f"{which}_seconds") for which in ("median", "least"))
-        step = [of.get(("step", m)) for m in ("default", "tuned") for of in (median, least)]
-        rewire = [median.get(("rewire", malloc)) for malloc in ("default", "tuned")]
+        step = [of.get(("step", m)) for m in ("default", "kept") for of in (median, least)]
+        rewire = [median.get(("rewire", malloc)) for malloc in ("default", "kept")]
         body.append([row, *(number(seconds, 1e3) for seconds in step + rewire)])
-    head = ("ms", "a step", "least", "tuned malloc: a step", "least")
-    return measure.table((*head, "a rewire", "tuned malloc: a rewire"), body)
+    head = ("ms", "a step", "least", "kept memory: a step", "least")
+    return measure.table((*head, "a rewire", "kept memory: a rewire"), body)
 
 
 def first(lines: list[Line]) -> str:
@@ -77,7 +76,7 @@ def memory(lines: list[Line]) -> str:
             for kind in ("rss", "xla")
             for what in ("step", "rewire")
         ]
-        cells += [peaks.get(("step", "tuned"), {}).get("rss"), state]
+        cells += [peaks.get(("step", "kept"), {}).get("rss"), state]
         body.append([row, *(number(cell, 1e-6) for cell in cells)])
     head = ("MB", "peak of a step", "of a rewire", "XLA plans: step", "rewire")
-    return measure.table((*head, "tuned malloc: step", "weight state"), body)
+    return measure.table((*head, "kept memory: step", "weight state"), body)

@@ -1,22 +1,23 @@
 """VGG-16 and ResNet-56: sparse and masked execution, plain Flax and PyTorch, in one run.
 
-    python -m experiments.benchmarks.convnets [--models vgg resnet mlp] [--malloc default tuned]
+    python -m experiments.benchmarks.convnets [--models vgg resnet mlp] [--malloc default kept]
         [--sparsity 0.98 0.95 0.9] [--rounds vgg=15 resnet=5 mlp=15] [--rewires 3]
         [--out FILE.jsonl]
     python -m experiments.benchmarks.convnets --show FILE.jsonl     # the tables of a log
 
 Batch 128, float32, two threads, random images, SGD with momentum and weight decay. Every variant,
 under every malloc, has a process of its own and is asked for one step at a time, in turns of
-random order, each after one that is not counted; then for rewires, the same way. "tuned" sets
-glibc's tunables before the process starts, see `TUNABLES`.
+random order, each after one that is not counted; then for rewires, the same way. "kept" is malloc
+as `dst.main` sets it, which keeps what is freed: `dst.runtime`.
 
 First steps and rewires hold tracing, compiling and running. JAX's compilation cache lies in a
 folder that is made for the run: the first malloc finds it empty ("cold"), the second one full.
-Masked execution and the dense variants take the same time at any sparsity: they run at the first.
+Masked execution and the dense variants take the same time at any sparsity: they run at the first,
+and so does sparse execution without fusing.
 
 Peaks are what a fresh process grows by, see `measure`: with a malloc that gives buffers back at
-once and, for what users would get, with the tuned one. "mlp" has sparse and masked steps only; the
-rest is in `mlp.py`.
+once and, for what users would get, with the one that keeps. "mlp" has sparse and masked steps
+only; the rest is in `mlp.py`.
 
 PyTorch (`pip install -e .[bench]`) is left out where it is not installed, and that is said. On a
 busy machine OMP_WAIT_POLICY=passive keeps its threads from spinning for one that does not run, ten
@@ -40,15 +41,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from dst import runtime
 from experiments.benchmarks import convnet_steps, convnet_table, measure, turns
 from experiments.benchmarks.convnet_steps import Case, program_of
 
-TUNABLES = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:"
-    "glibc.malloc.trim_threshold=68719476736"
-)
-# The variable that is read before a process's first instruction; "" is as if it were not set.
-MALLOC = {"default": {"GLIBC_TUNABLES": ""}, "tuned": {"GLIBC_TUNABLES": TUNABLES}}
+MALLOCS = ("default", "kept")
 ROUNDS = {"vgg": 15, "resnet": 5, "mlp": 15}
 REWIRES = 3
 FULL = 0  # what `measure.growth` calls the network that is measured
@@ -60,12 +57,13 @@ def cases(model: str, sparsities: list[float]) -> Iterator[Case]:
     yield from (Case(model, "sparse", sparsity) for sparsity in sparsities)
     yield Case(model, "masked", sparsities[0])
     if model != "mlp":
-        yield from (Case(model, variant) for variant in convnet_steps.VARIANTS[2:])
+        yield Case(model, "sparse, not fused", sparsities[0])
+        yield from (Case(model, variant) for variant in convnet_steps.DENSE)
 
 
 def rewires(cases: list[Case]) -> list[Case]:
     """Those of these networks."""
-    own = [c for c in cases if c.variant in ("sparse", "masked") and c.model != "mlp"]
+    own = [c for c in cases if c.variant not in convnet_steps.DENSE and c.model != "mlp"]
     return [case._replace(what="rewire") for case in own]
 
 
@@ -76,9 +74,11 @@ def others(case: Case) -> list[Case]:
 
 
 # ------------------------------------------------------------------------ in processes of their own
-def work(case: Case, pipe: Connection) -> None:
+def work(case: Case, malloc: str, pipe: Connection) -> None:
     """A step or a rewire: what the first one takes, then turns."""
     turns.bind()
+    if malloc == "kept":
+        runtime.keep_memory()
     try:
         program = program_of(case)
     except ImportError as error:
@@ -97,8 +97,10 @@ def work(case: Case, pipe: Connection) -> None:
     turns.serve(pipe, {case.what: lambda: jax.block_until_ready(run())})
 
 
-def peak(case: Case) -> dict[str, int]:
+def peak(case: Case, malloc: str) -> dict[str, int]:
     """Bytes at the peak of two steps or rewires; in a fresh process."""
+    if malloc == "kept":
+        runtime.keep_memory()
     programs = {FULL: program_of(case), measure.SMALL: program_of(case.small)}
     built = {n: program.build() for n, program in programs.items()}
     prepare = lambda n: measure.Run(built[n], *programs[n].begin())  # noqa: E731
@@ -109,7 +111,7 @@ def peak(case: Case) -> dict[str, int]:
 # --------------------------------------------------------------------------------- what is measured
 def start(case: Case, malloc: str, caching: dict[str, str]) -> turns.Worker:
     """The process of a variant under a malloc."""
-    return turns.start(work, case, environment={**MALLOC[malloc], **caching})
+    return turns.start(work, case, malloc, environment=caching)
 
 
 def in_turns(
@@ -125,7 +127,9 @@ def in_turns(
         if "unavailable" not in worker.told:
             workers[case, malloc] = worker
         print(*case, malloc, worker.told, flush=True)
-    dense = {w.told["parameters"] for (case, _), w in workers.items() if case.variant != "sparse"}
+    dense = {
+        w.told["parameters"] for (case, _), w in workers.items() if "sparse" not in case.variant
+    }
     if len(dense) > 1:
         raise SystemExit(f"the dense networks have {dense} parameters, not all the same")
     times = turns.take(workers, cases[0].what, rounds) if rounds else {}
@@ -144,13 +148,13 @@ def peaks(
 ) -> Iterator[dict[str, Any]]:
     """A line for every peak."""
     wanted = [(case, "at once") for case in [*known, *rewires(known), *others(known[0])]]
-    if "tuned" in options.malloc:
-        wanted += [(c, "tuned") for c in known if c.sparsity == options.sparsity[0]]
+    if "kept" in options.malloc:
+        wanted += [(c, "kept") for c in known if c.sparsity == options.sparsity[0]]
     for case, malloc in wanted:
-        set_ = MALLOC["tuned"] if malloc == "tuned" else {**MALLOC["default"], **measure.AT_ONCE}
         module = "experiments.benchmarks.convnets"
-        environment = {**turns.MATH, **set_, **caching}
-        found = measure.alone(module, "--alone", json.dumps(case), environment=environment)
+        environment = {**turns.MATH, **({} if malloc == "kept" else measure.AT_ONCE), **caching}
+        asked = json.dumps([case, malloc])
+        found = measure.alone(module, "--alone", asked, environment=environment)
         yield {**case._asdict(), "malloc": malloc, "peak_bytes": found}
 
 
@@ -184,22 +188,23 @@ def main() -> None:
     """Measure, print, append."""
     parser = measure.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=ROUNDS, default=[*ROUNDS])
-    parser.add_argument("--malloc", nargs="+", choices=MALLOC, default=[*MALLOC])
+    parser.add_argument("--malloc", nargs="+", choices=MALLOCS, default=[*MALLOCS])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.98, 0.95, 0.9])
     parser.add_argument("--rounds", type=rounds, nargs="+", default=[])
     parser.add_argument("--rewires", type=int, default=REWIRES)
     parser.add_argument("--show", type=Path, help="print the tables of a log, measure nothing")
     options = parser.parse_args()
     if options.alone:
-        print(json.dumps(peak(Case(*json.loads(options.alone)))))
+        case, malloc = json.loads(options.alone)
+        print(json.dumps(peak(Case(*case), malloc)))
         return
     if options.show:
         print(convnet_table.tables(map(json.loads, options.show.read_text().splitlines())))
         return
     options.rounds = {**ROUNDS, **dict(options.rounds)}
     lines = measure.Lines(options.out)
-    settings = {"tunables": TUNABLES, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
-    lines.add(measure.header("convnets", ["torch"], dtype="float32", **settings))
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    lines.add(measure.header("convnets", ["torch"], dtype="float32", omp_wait_policy=policy))
     with tempfile.TemporaryDirectory() as folder:
         caching = {
             "JAX_COMPILATION_CACHE_DIR": folder,
