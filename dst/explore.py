@@ -26,7 +26,7 @@ from dst.moments import recognise
 from dst.network import Layer, Network
 from dst.plan import Plan, asked, floors, plan
 from dst.probes import gradient_at, gradient_on, observe_and_sum
-from dst.products import compiled
+from dst.products import compiled, on_cpu
 from dst.sample import Sampling, alike, fold_by_chance, fold_subset, hold_subset, sampling
 from dst.select import (
     Found,
@@ -167,7 +167,8 @@ def explorer(net: Network, method: Method, planned: Plan, loss: Loss) -> Callabl
                 tally = lax.fori_loop(0, len(group), one, tally)
         if not S:
             return tally
-        value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
+        again = later_than(tally.realised + sum(count for _, count in S.values()), batch)
+        value = lambda extra: run_loss(net, loss, state.params, state, again, extra)[0]  # noqa: E731
         G = lax.pmean(gradient_on(later, value, {path: s for path, (s, _) in S.items()}), AXIS)
         found, finite, realised = tally.found, tally.finite, tally.realised
         for part in arena.parts:
@@ -181,6 +182,16 @@ def explorer(net: Network, method: Method, planned: Plan, loss: Loss) -> Callabl
         return Tally(found, tally.asked, realised, finite)
 
     return explore
+
+
+def later_than(first: Array, batch: Any) -> Any:
+    """The batch, once `first` is there.
+
+    Else XLA would see that the second pass begins as the first, and hold all maps between them.
+    """
+    wait = kernels.after if on_cpu() else lambda a, first: lax.optimization_barrier((a, first))[0]
+    real = lambda a: jnp.issubdtype(jnp.asarray(a).dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda a: wait(a, first) if real(a) else a, batch)
 
 
 def holding(

@@ -82,26 +82,23 @@ def _norm_backward(how, saved, cotangents):
     b = (2 * d_variance - factor * inverse * d_scale) / count
     c = (d_mean - factor * d_bias) / count
     dy = Read(du, jnp.stack([factor, b, c - b * mean]), y)
-    tapped, after = _tapped(how, x, dy, probes)
     wanted = jnp.zeros(0, values.dtype) if how.frozen else gradient
     dx, found, sums = kernels.convolve_backward(
-        values, arena.column, arena.pointer_of(how.part), x, dy, wanted, how.part.layer, after
+        values, arena.column, arena.pointer_of(how.part), x, dy, wanted, how.part.layer
     )
     d_x = Read(dx, None if x.k is None else sums)
     d_values = gradient if how.frozen else found
-    return d_values, None, d_x, d_scale, d_bias, tapped
+    return d_values, None, d_x, d_scale, d_bias, _tapped(how, x, dy, probes)
 
 
-def _tapped(how: How, x: Read, dy: Read, probes: tuple) -> tuple[tuple, Array | None]:
-    """The cotangents of the probes, as of `tap_sums` and `tap_subset`, and what of it reads dy."""
+def _tapped(how: How, x: Read, dy: Read, probes: tuple) -> tuple:
+    """The cotangents of the probes, as of `tap_sums` and `tap_subset`."""
     if how.tap == "sums":
-        g = maps.magnitudes(dy)
-        return (maps.magnitudes(x), g), g
+        return maps.magnitudes(x), maps.magnitudes(dy)
     if how.tap == "subset":
         column, output = jnp.divmod(probes[1], how.part.n_out)
-        G = kernels.convolve_gradient_on(column, output, x, dy, how.part.layer)
-        return (G, None), G
-    return (), None
+        return kernels.convolve_gradient_on(column, output, x, dy, how.part.layer), None
+    return ()
 
 
 convolution_norm.defvjp(_norm_forward, _norm_backward)

@@ -43,6 +43,7 @@ HANDLERS = {
     "dst_join": "DstJoin",
     "dst_join_backward": "DstJoinBackward",
     "dst_magnitudes": "DstMagnitudes",
+    "dst_after": "DstAfter",
     "dst_best": "DstBest",
     "dst_exchange": "DstExchange",
     "dst_move": "DstMove",
@@ -164,7 +165,6 @@ def convolve_backward(
     delta: Read,
     gradient: Array,
     layer: Layer,
-    after: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """dx, and dL/dw added to the layer's range of `gradient`, in place if XLA can give it away.
 
@@ -173,19 +173,15 @@ def convolve_backward(
     Shapes: x (N, H, W, n_in), delta (N, H', W', n_out), gradient (K,) -> dx as x, gradient, sums.
     """
     sums = jax.ShapeDtypeStruct((0,) if x.k is None else (2, layer.n_in), jnp.float32)
-    # What else reads delta goes first: else XLA may put it off, and hold every layer's delta.
-    first = jnp.zeros(0) if after is None else after
     call = kernel(
         "dst_convolve_backward",
         (like(x.map), like(gradient), sums),
-        input_layouts=[None, None, None, MAP, None, MAP, *layouts(delta), None, None],
+        input_layouts=[None, None, None, MAP, None, MAP, *layouts(delta), None],
         output_layouts=[MAP, None, None],
         input_output_aliases={8: 1},
     )
     maps = (*as_activation(x), *as_gradient(delta))
-    dx, gradient, sums = call(
-        values, column, pointer, *maps, gradient, first, **_taps(layer, x.map)
-    )
+    dx, gradient, sums = call(values, column, pointer, *maps, gradient, **_taps(layer, x.map))
     return dx, gradient, sums
 
 
@@ -296,6 +292,11 @@ def move(leaf: Array, source: Array) -> Array:
     Shapes: float32 (K,), int32 (K,), increasing but for negative ones, whose result is undefined.
     """
     return kernel("dst_move", like(leaf), input_output_aliases={0: 0})(leaf, source)
+
+
+def after(a: Array, first: Array) -> Array:
+    """a, once `first` is there: on CPUs XLA removes `optimization_barrier` before it matters."""
+    return kernel("dst_after", like(a), input_output_aliases={0: 0})(a, first)
 
 
 def kernel(name: str, results: Any, **options: Any) -> Callable:

@@ -242,3 +242,31 @@ def test_the_log_counts_what_is_fused():
     net = net._replace(fuse=False)
     said = execution.described(net, state.params, state.masks, state.batch_stats)
     assert said == "compiled kernels"
+
+
+def test_a_rewire_holds_no_more_maps_than_a_step():
+    """Else both of its passes would be held at once."""
+
+    def body(x):
+        for _ in range(4):
+            x = nn.relu(norm()(conv()(x)))
+        return pool(pool(x, (2, 2)), (2, 2))
+
+    net, state, _ = parts(body, side=16)
+    method, state = dst.method("gse", 0.5), jax.device_get(state)
+    images = np.zeros((64, 16, 16, 3), np.float32)
+
+    def loss(apply, batch):
+        return (apply(batch[0]) ** 2).mean(), {}
+
+    def planned(program, *rest):
+        step = jax.pmap(
+            program, axis_name="devices", in_axes=(None, 0, *[None] * len(rest)), out_axes=None,
+            devices=jax.local_devices()[:1],
+        )  # fmt: skip
+        compiled = step.lower(state, (images[None],), *rest).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    step = planned(dst.update.update_body(net, tiny.SGD, loss))
+    rewire = planned(dst.rewire.rewire_body(net, tiny.SGD, method, loss), {})
+    assert rewire < 1.4 * step

@@ -128,10 +128,9 @@ ffi::Error convolve(ffi::ThreadPool pool, Floats values, Ints column, Ints point
   return ffi::Error::Success();
 }
 
-// `after` is not read: it has to be there first, see dst/kernels.py.
 ffi::Error convolve_backward(ffi::ThreadPool pool, Floats values, Ints column, Ints pointer,
                              Floats x, Floats k, Floats delta, Floats other, Floats delta_k,
-                             Floats before, Floats /* after */, FloatResult dx, FloatResult gradient, FloatResult sums,
+                             Floats before, FloatResult dx, FloatResult gradient, FloatResult sums,
                              Taps taps, int64_t threads) {
   const auto g = geometry_of(x, delta, taps);
   if (!g.has_value()) return g.error();
@@ -240,7 +239,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstConvolveBackward, dst::convolve_backward,
                                   .Arg<Floats>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
-                                  .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()

@@ -2,6 +2,7 @@
 // threads. Maps are logically (N, H, W, C), batch innermost in memory: dst/maps.py asks XLA for that
 // layout.
 #include <algorithm>
+#include <cstring>
 
 #include "handlers.h"
 #include "maps.h"
@@ -165,9 +166,23 @@ ffi::Error join_backward(ffi::ThreadPool pool, Floats ga, Floats gb, Floats z, F
   return ffi::Error::Success();
 }
 
+// out is a, in place or not, once `first` is there: XLA removes its own barriers on CPUs.
+ffi::Error after(ffi::AnyBuffer a, ffi::AnyBuffer /* first */, ffi::Result<ffi::AnyBuffer> out) {
+  if (out->size_bytes() != a.size_bytes()) return wrong("dst_after: the result is as a.");
+  if (out->untyped_data() != a.untyped_data()) {
+    std::memcpy(out->untyped_data(), a.untyped_data(), a.size_bytes());
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace dst
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DstAfter, dst::after,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DstChannelSums, dst::channel_sums,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
