@@ -11,7 +11,8 @@ operation. What is recognised may stay lazy:
     nn.relu                            Pair                Pair(relu): nothing is computed
     addition of a map                  Pair                Sum, if only nn.relu reads it
     nn.relu                            Sum                 map: one kernel, `joined`
-    2x2 max-pooling                    Pair(relu)          map: one kernel, `pooled`
+    2x2 max-pooling                    Pair(relu), or map  map: one kernel, `pooled`
+                                       that nn.relu gave
     anything else                      Pair                computes u first: `materialised`
 
 Under nn.remat, in evaluation and wherever no trace is being made, nothing is recognised.
@@ -28,6 +29,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -124,6 +126,7 @@ class Evaluation:
     def __init__(self, jaxpr: core.Jaxpr):
         self.jaxpr, self.count = jaxpr, 0
         self.values: dict[Any, Any] = {}
+        self.makers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
         self.readers: dict[Any, list] = {}
         for eqn in jaxpr.eqns:
             for v in eqn.invars:
@@ -175,8 +178,8 @@ class Evaluation:
             return self.joined(eqn, first)
         if isinstance(first, Pair) and not first.relu and is_relu(self.jaxpr, eqn):
             return [Pair(first.y, first.k, relu=True)]
-        if isinstance(first, Pair) and first.relu and is_pooling(eqn):
-            return [pooled(first.y, first.k)]
+        if is_pooling(eqn):
+            return self.pooled(eqn, first)
         if eqn.primitive.name in ("add", "add_any"):
             return self.addition(eqn, values)
         return None
@@ -188,6 +191,17 @@ class Evaluation:
         two = len(readers) + self.results[v] == 2
         z = joined(2 if two else 1, sum.pair.y, sum.pair.k, sum.r)
         return [Copies([*z])] if two else [z[0]]
+
+    def pooled(self, eqn: Any, first: Any) -> list[Any] | None:
+        """2x2 max-pooling of a ReLU's output, lazy or not."""
+        if isinstance(first, Pair) and first.relu:
+            return [pooled(first.y, first.k)]
+        maker = self.makers.get(eqn.invars[0])
+        if maker is None or not is_relu(self.jaxpr, maker):
+            return None
+        channels = eqn.outvars[0].aval.shape[3]
+        same = jnp.stack([jnp.ones(channels), jnp.zeros(channels)])
+        return [pooled(self.array(eqn.invars[0]), same)]
 
     def chain(self, eqn: Any) -> dict[str, Any]:
         """The regions that follow a convolution, each its only reader: bias, tap, norm."""
@@ -288,9 +302,12 @@ def is_pooling(eqn: Any) -> bool:
     if eqn.primitive.name != "reduce_window_max":
         return False
     p = eqn.params
-    sides = eqn.invars[0].aval.shape[1:3]
+    aval = eqn.invars[0].aval
+    sides = aval.shape[1:3]
     return (
-        tuple(p["window_dimensions"]) == tuple(p["window_strides"]) == (1, 2, 2, 1)
+        aval.ndim == 4
+        and aval.dtype == np.float32
+        and tuple(p["window_dimensions"]) == tuple(p["window_strides"]) == (1, 2, 2, 1)
         and not np.any(p["padding"])
         and {*p["base_dilation"], *p["window_dilation"]} == {1}
         and not any(side % 2 for side in sides)

@@ -295,8 +295,19 @@ def move(leaf: Array, source: Array) -> Array:
 
 
 def after(a: Array, first: Array) -> Array:
-    """a, once `first` is there: on CPUs XLA removes `optimization_barrier` before it matters."""
-    return kernel("dst_after", like(a), input_output_aliases={0: 0})(a, first)
+    """a, once `first` is there: on CPUs XLA removes `optimization_barrier` before it matters.
+
+    An array of four dimensions is a map, and stays as it lies.
+    """
+    lies = MAP if a.ndim == 4 else None
+    call = kernel(
+        "dst_after",
+        like(a),
+        input_layouts=[lies, None],
+        output_layouts=lies,
+        input_output_aliases={0: 0},
+    )
+    return call(a, first)
 
 
 def kernel(name: str, results: Any, **options: Any) -> Callable:

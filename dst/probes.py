@@ -54,13 +54,19 @@ def total_of_maps(x: Array, dtype: Any) -> Array:
     return maps.channel_sums(magnitude, magnitude)[0].astype(dtype)
 
 
+def then(delta: Array, found: Array) -> Array:
+    """delta on its way back, once `found` of it is there: else XLA may hold that of every layer."""
+    return kernels.after(delta.reshape(-1, *delta.shape[-3:]), found).reshape(delta.shape)
+
+
 def _sums_forward(total, h, y, f, g):
     return y, (total(h, f.dtype), jnp.zeros_like(g))
 
 
 def _sums_backward(total, residual, delta):
     f, g = residual
-    return None, delta, f, total(delta, g.dtype)
+    summed = total(delta, g.dtype)
+    return None, then(delta, summed) if total is total_of_maps else delta, f, summed
 
 
 tap_sums.defvjp(_sums_forward, _sums_backward)
@@ -81,7 +87,8 @@ def _subset_backward(layer, residual, delta):
     column, output = jnp.divmod(subset, layer.n_out)
     if layer.kind == "conv" and covered(layer, delta, h):
         x, d = (kernels.Read(a.reshape(-1, *a.shape[-3:])) for a in (h, delta))
-        return None, delta, kernels.convolve_gradient_on(column, output, x, d, layer), None
+        G = kernels.convolve_gradient_on(column, output, x, d, layer)
+        return None, then(delta, G), G, None
     gradient = gradient_at(layer, *by_unit(layer, h, delta), column, output)
     return None, delta, gradient.astype(jnp.float32), None
 

@@ -195,11 +195,13 @@ def test_nan_and_infinity_reach_what_they_touch_and_nothing_else():
     x, delta = case.x.copy(), case.delta.copy()
     x[7, 0, 0, 1] = np.nan
     delta[11, 4, 4, 2] = np.inf
-    (y, dx, gradient, *_), _ = run(case, x=x, delta=delta)
+    found, _ = run(case, x=x, delta=delta)
+    y, dx, gradient = found[:3]
     W = case.W.reshape(3, 3, 4, 3)
     touched = np.zeros(y.shape, bool)
     touched[7, :2, :2] = (W[1::-1, 1::-1, 1] != 0)[..., :]
     np.testing.assert_array_equal(np.isnan(y), touched)
+    np.testing.assert_array_equal(np.isnan(found.fused_y), touched)
     assert not np.isfinite(dx[11, 3:, 3:]).all() and np.isfinite(dx[:11]).all()
     tap, i = np.divmod(case.column, 4)
     a, b = np.divmod(tap, 3)

@@ -131,6 +131,7 @@ BODIES = {
     "pooling": [
         (lambda x: pool(nn.relu(norm()(conv()(x))), (2, 2)), 1),
         (lambda x: nn.relu(pool(norm()(conv()(x)), (2, 2))), 1),
+        (lambda x: jnp.repeat(pool(nn.relu(conv(use_bias=True)(x)), (2, 2)), 2, 1), 0),
         (lambda x: nn.max_pool(nn.relu(norm()(conv()(x))), (3, 3), padding="SAME"), 1),
         (lambda x: nn.avg_pool(nn.relu(norm()(conv()(x))), (2, 1)), 1),
     ],

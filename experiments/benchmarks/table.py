@@ -1,4 +1,4 @@
-"""The README's table of what sparse execution saves, from the committed logs of `mlp` and `huge`.
+"""The README's table of what sparse execution saves, from the logs of `convnets`, `mlp`, `huge`.
 
 python -m experiments.benchmarks.table
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks.convnet_steps import NAMES
 from experiments.benchmarks.measure import table
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -29,7 +30,7 @@ def lines(name: str) -> Iterator[dict[str, Any]]:
     """The cells of a benchmark's log, without its headers."""
     for text in (RESULTS / name).read_text().splitlines():
         line = json.loads(text)
-        if "hidden" in line:
+        if "benchmark" not in line:
             yield line
 
 
@@ -46,22 +47,51 @@ def seconds(number: float) -> str:
     return f"{number:.2g} s" if number >= 1 else f"{number * 1e3:.0f} ms"
 
 
+def pair(network: str, connections: int, times: list[float], peaks: list[float]) -> list[str]:
+    """A row with both executions measured, masked first."""
+    return [
+        network,
+        f"{connections / 1e6:.2g} M",
+        *(text for t, p in zip(times, peaks, strict=True) for text in (seconds(t), size(p))),
+        f"{times[0] / times[1]:.1f} ×",
+        f"{peaks[0] / peaks[1]:.1f} ×",
+    ]
+
+
+def convolutional() -> Iterator[list[str]]:
+    """Rows of the paper's networks, with the malloc of `dst.main`."""
+    cells = [c for c in lines("convnets.jsonl") if c["what"] == "step" and c["model"] != "mlp"]
+    timed = {
+        (c["model"], c["variant"], c["sparsity"]): c
+        for c in cells
+        if c["malloc"] == "kept" and "median_seconds" in c
+    }
+    held = {
+        (c["model"], c["variant"], c["sparsity"]): c["peak_bytes"]["rss"]
+        for c in cells
+        if c["malloc"] == "at once"
+    }
+    for model, sparsity in [(m, s) for m, variant, s in timed if variant == "masked"]:
+        keys = [(model, variant, sparsity) for variant in ("masked", "sparse")]
+        yield pair(
+            f"{NAMES[model]}, {100 * sparsity:.6g} %",
+            timed[keys[1]]["layer_parameters"],
+            [timed[key]["median_seconds"] for key in keys],
+            [held[key] for key in keys],
+        )
+
+
 def fits() -> Iterator[list[str]]:
-    """Rows of the networks that masked execution can hold, with both measured."""
+    """Rows of the MLPs that masked execution can hold."""
     cells = {(c["hidden"], c["variant"], c["what"]): c for c in lines("mlp.jsonl")}
     for hidden in sorted({hidden for hidden, *_ in cells}):
         masked, sparse = (cells[hidden, v, "step"] for v in ("masked", "kernels"))
-        times, peaks = (
+        yield pair(
+            f"{masked['inputs']}-{hidden}-{hidden}-10, {100 * masked['sparsity']:.6g} %",
+            masked["connections"],
             [c["median_seconds"] for c in (masked, sparse)],
             [c["peak_bytes"]["rss"] for c in (masked, sparse)],
         )
-        yield [
-            f"{masked['inputs']}-{hidden}-{hidden}-10, {100 * masked['sparsity']:.6g} %",
-            f"{masked['connections'] / 1e6:.2f} M",
-            *(text for t, p in zip(times, peaks, strict=True) for text in (seconds(t), size(p))),
-            f"{times[0] / times[1]:.0f} ×",
-            f"{peaks[0] / peaks[1]:.0f} ×",
-        ]
 
 
 def does_not_fit() -> Iterator[list[str]]:
@@ -82,4 +112,4 @@ def does_not_fit() -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    print(table(HEAD, [*fits(), *does_not_fit()]))
+    print(table(HEAD, [*convolutional(), *fits(), *does_not_fit()]))
