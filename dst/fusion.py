@@ -6,8 +6,8 @@ one after the other; what is not recognised simply runs, a region too: its body 
 operation. What is recognised may stay lazy:
 
     equation                           reads               gives
-    convolution, read only by a norm   map or Pair(relu)   nothing yet
-    batch norm of that                                     Pair: one kernel for both
+    convolution that only a norm       map or Pair(relu)   the norm's Pair: one kernel for both
+    reads, with a bias or without
     nn.relu                            Pair                Pair(relu): nothing is computed
     addition of a map                  Pair                Sum, if only nn.relu reads it
     nn.relu                            Sum                 map: one kernel, `joined`
@@ -133,7 +133,7 @@ class Evaluation:
                 if not isinstance(v, core.Literal):
                     self.readers.setdefault(v, []).append(eqn)
         self.results = Counter(v for v in jaxpr.outvars if not isinstance(v, core.Literal))
-        self.pending: dict[int, list] = {}  # batch norm equation -> its convolution's results
+        self.pending: dict[int, list] = {}  # what a convolution gave for the equations behind it
 
     def run(self, args: Sequence[Array]) -> list[Array]:
         """The results."""
@@ -281,7 +281,6 @@ def is_relu(jaxpr: core.Jaxpr, eqn: Any) -> bool:
     aval = eqn.invars[0].aval
     if eqn.outvars[0].aval.shape != aval.shape or aval.dtype != np.float32:
         return False
-
     _, run = alone(jaxpr, eqn)
     return _derivative(lambda x: run(x)[0], aval) == _derivative_of_relu(aval.shape)
 
