@@ -132,10 +132,13 @@ def perform(run: Run, out: Path, tick: Callable[[], bool] = lambda: False) -> in
             return BUSY
         if finished(run, out):
             return 0
+        # Runs of one network compile the same programs: what one has compiled the others load.
+        programs = {"JAX_COMPILATION_CACHE_DIR": str(out.absolute() / "compiled")}
         # The child inherits the lock, and keeps it should this process be killed.
         child = subprocess.Popen(
             run.command(out.absolute()),
             cwd=ROOT,
+            env={**programs, **os.environ},
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=[lock.fileno()],

@@ -21,10 +21,11 @@ from experiments.scales import run_of
 
 # Writes the log of a run: half of it, and the rest if MODE lets it.
 ACTOR = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 folder, config, mode = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 log = folder / "metrics.jsonl"
 lines = log.read_text().splitlines() if log.exists() else [json.dumps({"config": config})]
+(folder / "programs").write_text(os.environ["JAX_COMPILATION_CACHE_DIR"])
 print("resuming" if log.exists() else "starting", flush=True)
 lines.append(json.dumps({"event": "train", "step": 66}))
 log.write_text("\\n".join(lines) + "\\n")
@@ -82,6 +83,16 @@ def test_finished_runs_are_skipped(play, tmp_path, capsys):
     assert "3 runs, 3 of them finished" in text.err and "| SET |" in text.out
     assert (tmp_path / "subset_size-smoke.md").read_text() in text.out
     assert (tmp_path / "subset_size-smoke.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_share_what_they_compile_unless_the_user_says_where(play, tmp_path, monkeypatch):
+    play(set="fail")
+    run = run_of("smoke", ("digits", "mlp"), 0, method="set", sparsity=0.98)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    for place in (str(tmp_path / "compiled"), "elsewhere"):
+        sweep.perform(run, tmp_path)
+        assert (tmp_path / run.folder / "programs").read_text() == place
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
 
 
 def test_a_failure_does_not_stop_the_others(play, tmp_path, capsys):
