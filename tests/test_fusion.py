@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 import dst
 from dst import execution, fusion, kernels, probes
+from dst.arena import positions
 from dst.execution import forward
 from tests import tiny
 from tests.convolutions import near, normal
+from tests.executions import dense
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
 
@@ -182,6 +184,39 @@ def test_any_model_is_the_same_model(names, back):
         return before[-1]
 
     same(body, 1e-4)
+
+
+def test_gradients_of_a_fused_model_are_those_of_float64():
+    """On a seed where no ReLU and no maximum changes sides."""
+    net, state, images = parts(lambda x: pool(residual(x), (2, 2)))
+    weight = normal(np.random.default_rng(1), len(images), 4)
+    full = {k: dict(v) for k, v in state.params.items() if k != "arena"}
+    for path, kernel in dense(state).items():
+        full.setdefault(path, {})["kernel"] = kernel
+
+    def gradients(run, params, images, stats):
+        options = {"mutable": list(stats)}
+        loss = lambda params, images: (weight * run(params, images, stats, options)).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, images)
+
+    def fused(params, images, stats, options):
+        return forward(net, params, state.masks, stats, images, **options)[0]
+
+    def plain(params, images, stats, options):
+        return net.model.apply({"params": params, **stats}, images, **options)[0]
+
+    found, d_images = gradients(fused, state.params, images, state.batch_stats)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: np.asarray(a, np.float64), (full, images, state.batch_stats))
+        wanted, d_wide = gradients(plain, *wide)
+    pairs = [(d_images, d_wide)]
+    for part in state.masks.parts:
+        here, where = positions(state.masks, part)
+        kernel = np.asarray(wanted[part.layer.path]["kernel"]).reshape(-1)
+        pairs.append((found["arena"]["kernel"][here], kernel[where]))
+    pairs += [(found[n][leaf], wanted[n][leaf]) for n in found if n != "arena" for leaf in found[n]]
+    for a, b in pairs:
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 2e-5 * np.linalg.norm(b)
 
 
 def test_a_rewire_sees_the_same_in_a_fused_model():
