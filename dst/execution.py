@@ -205,7 +205,8 @@ def described(net: Network, params: Any, connections: Connections, collections: 
     words = [tier()]
     if any(expanded.values()):
         words += [f"{sum(expanded.values())} of {len(expanded)} convolutions are expanded"]
-    if fused := fused_convolutions(net, params, connections, collections, **kwargs):
+    may_fuse = net.fuse and not all(expanded.values())  # else the model need not be traced for it
+    if may_fuse and (fused := fused_convolutions(net, params, connections, collections, **kwargs)):
         words += [
             f"{fused} of {len(expanded)} convolutions are fused with their batch normalisation"
         ]

@@ -24,6 +24,7 @@ from jax import lax
 from dst import kernels, maps
 from dst.arena import Arena, Part
 from dst.kernels import Read
+from dst.normalization import backwards
 
 Array = jax.Array
 
@@ -73,22 +74,17 @@ def _norm_forward(how, values, arena, x, scale, bias, probes):
 
 def _norm_backward(how, saved, cotangents):
     values, arena, x, y, mean, variance, scale, probes = saved
-    du, (d_bias, products), d_mean, d_variance, gradient = cotangents
-    count = y.size // y.shape[3]
-    inverse = lax.rsqrt(variance + how.epsilon)
-    d_scale = inverse * (products - mean * d_bias)
-    factor = scale * inverse
-    # dy = factor du + b (y - mean) + c, a channel each: as in `normalization`.
-    b = (2 * d_variance - factor * inverse * d_scale) / count
-    c = (d_mean - factor * d_bias) / count
-    dy = Read(du, jnp.stack([factor, b, c - b * mean]), y)
+    du, sums_of_du, *d_moments, gradient = cotangents
+    moments = mean, variance
+    d_scale, (a, b, c) = backwards(how.epsilon, y, moments, scale, sums_of_du, d_moments)
+    dy = Read(du, jnp.stack([a, b, c - b * mean]), y)
     wanted = jnp.zeros(0, values.dtype) if how.frozen else gradient
     dx, found, sums = kernels.convolve_backward(
         values, arena.column, arena.pointer_of(how.part), x, dy, wanted, how.part.layer
     )
     d_x = Read(dx, None if x.k is None else sums)
     d_values = gradient if how.frozen else found
-    return d_values, None, d_x, d_scale, d_bias, _tapped(how, x, dy, probes)
+    return d_values, None, d_x, d_scale, sums_of_du[0], _tapped(how, x, dy, probes)
 
 
 def _tapped(how: How, x: Read, dy: Read, probes: tuple) -> tuple:

@@ -180,7 +180,7 @@ def convolve_backward(
         output_layouts=[MAP, None, None],
         input_output_aliases={8: 1},
     )
-    maps = (*as_activation(x), *as_gradient(delta))
+    maps = (*as_activation(x), *as_read(delta))
     dx, gradient, sums = call(values, column, pointer, *maps, gradient, **_taps(layer, x.map))
     return dx, gradient, sums
 
@@ -195,24 +195,22 @@ def convolve_gradient_on(column: Array, output: Array, x: Read, delta: Read, lay
         jax.ShapeDtypeStruct(column.shape, jnp.float32),
         input_layouts=[None, None, MAP, None, MAP, *layouts(delta)],
     )
-    return call(column, output, *as_activation(x), *as_gradient(delta), **_taps(layer, x.map))
+    return call(column, output, *as_activation(x), *as_read(delta), **_taps(layer, x.map))
 
 
 def as_activation(x: Read) -> tuple[Array, Array]:
-    """The arguments that say how x is read: the map, and k or nothing."""
-    return x.map, jnp.zeros(0) if x.k is None else x.k
+    """The same where no other map can be: the map, and k or nothing."""
+    return as_read(x)[::2]
 
 
-def as_gradient(delta: Read) -> tuple[Array, Array, Array]:
-    """The arguments that say how delta is read: the map, the other one and k, or nothing."""
+def as_read(a: Read) -> tuple[Array, Array, Array]:
+    """The arguments that say how a map is read: itself, the other one and k, or nothing."""
     nothing = jnp.zeros(0)
-    if delta.k is None or delta.other is None:
-        return delta.map, nothing, nothing
-    return delta.map, delta.other, delta.k
+    return a.map, nothing if a.other is None else a.other, nothing if a.k is None else a.k
 
 
 def layouts(delta: Read) -> list:
-    """How the last two of `as_gradient` lie."""
+    """How the last two of `as_read` lie."""
     return [None if delta.other is None else MAP, None]
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dst import kernels
-from dst.kernels import MAP, Read, kernel, layouts, like
+from dst.kernels import MAP, Read, as_read, kernel, layouts, like
 
 Array = jax.Array
 
@@ -37,9 +37,7 @@ def magnitudes(x: Read) -> Array:
     """The sum of |x| of each channel, of x as it is read: (N, H, W, C) -> (C,)."""
     sums = jax.ShapeDtypeStruct(x.map.shape[3:], jnp.float32)
     call = kernel("dst_magnitudes", sums, input_layouts=[MAP, *layouts(x)])
-    nothing = jnp.zeros(0)
-    other, k = (nothing if a is None else a for a in (x.other, x.k))
-    return call(x.map, other, k, threads=np.int64(kernels.THREADS))
+    return call(*as_read(x), threads=np.int64(kernels.THREADS))
 
 
 def pool(y: Array, k: Array) -> Array:

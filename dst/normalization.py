@@ -77,17 +77,27 @@ def _forward(epsilon, x, scale, bias):
 
 def _backward(epsilon, saved, cotangents):
     x, mean, variance, scale = saved
-    delta, d_mean, d_variance = cotangents
+    delta, *d_moments = cotangents
+    sums = maps.channel_sums(delta, x)
+    d_scale, (a, b, c) = backwards(epsilon, x, (mean, variance), scale, sums, d_moments)
+    dx = _wide(a) * delta + (_wide(b) * (x - _wide(mean)) + _wide(c))
+    return dx, d_scale, sums[0]
+
+
+def backwards(epsilon: float, x: Array, moments: tuple, scale: Array, sums: Any, d_moments: Any):
+    """dL/dscale, and (a, b, c) of dx = a delta + b (x - E x) + c; a channel each, (C,).
+
+    `moments` are E x and Var x, `d_moments` their cotangents; `sums` those of delta and of delta x,
+    of which the first is dL/dbias.
+    """
+    mean, variance = moments
+    d_mean, d_variance = d_moments
     count = x.size // x.shape[3]
     inverse = lax.rsqrt(variance + epsilon)
-    d_bias, products = maps.channel_sums(delta, x)
-    d_scale = inverse * (products - mean * d_bias)
-    factor = scale * inverse
-    # dx = a delta + b (x - E x) + c, a channel each.
-    b = (2 * d_variance - factor * inverse * d_scale) / count
-    c = (d_mean - factor * d_bias) / count
-    dx = _wide(factor) * delta + (_wide(b) * (x - _wide(mean)) + _wide(c))
-    return dx, d_scale, d_bias
+    d_scale = inverse * (sums[1] - mean * sums[0])
+    a = scale * inverse
+    b = (2 * d_variance - a * inverse * d_scale) / count
+    return d_scale, (a, b, (d_mean - a * sums[0]) / count)
 
 
 normalise.defvjp(_forward, _backward)

@@ -50,8 +50,7 @@ def total_of(x: Array, dtype: Any) -> Array:
 
 def total_of_maps(x: Array, dtype: Any) -> Array:
     """`total_of` of maps that lie in memory as the kernels have them: XLA would transpose them."""
-    magnitude = jnp.abs(x.reshape(-1, *x.shape[-3:]))
-    return maps.channel_sums(magnitude, magnitude)[0].astype(dtype)
+    return maps.magnitudes(kernels.Read(x.reshape(-1, *x.shape[-3:]))).astype(dtype)
 
 
 def then(delta: Array, found: Array) -> Array:

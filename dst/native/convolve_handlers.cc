@@ -75,25 +75,6 @@ ffi::ErrorOr<Array<Link>> links_of(const Geometry& g, const Floats& values, cons
   return links;
 }
 
-// The totals (parts, units, 2) of a map: out (2, units), with `count` mean and variance.
-void write_sums(const Array<double>& totals, int64_t units, int64_t count, float* out) {
-  const int64_t parts = int64_t(totals.size()) / (2 * units);
-  for (int64_t u = 0; u < units; u++) {
-    double one = 0, two = 0;
-    for (int64_t part = 0; part < parts; part++) {
-      one += totals[(part * units + u) * 2];
-      two += totals[(part * units + u) * 2 + 1];
-    }
-    if (count) {
-      one /= double(count);
-      two = two / double(count) - one * one;
-      if (two < 0) two = 0;  // a NaN stays one
-    }
-    out[u] = float(one);
-    out[units + u] = float(two);
-  }
-}
-
 // Adds parts (parts, n), summed in double, to `out` (n).
 void add_up(const Array<float>& parts, int64_t n, float* out) {
   for (int64_t p = 0; p < n; p++) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "levels.h"
+#include "memory.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -35,6 +36,25 @@ inline ffi::ErrorOr<Source> source_of(const Floats& map, const Floats* other, co
   }
   return Source{map.typed_data(), other ? other->typed_data() : nullptr, k.typed_data(),
                 other ? Becomes::kGradient : Becomes::kActivation};
+}
+
+// The totals (parts, units, 2) of a map: out (2, units), with `count` mean and variance.
+inline void write_sums(const Array<double>& totals, int64_t units, int64_t count, float* out) {
+  const int64_t parts = int64_t(totals.size()) / (2 * units);
+  for (int64_t u = 0; u < units; u++) {
+    double one = 0, two = 0;
+    for (int64_t part = 0; part < parts; part++) {
+      one += totals[(part * units + u) * 2];
+      two += totals[(part * units + u) * 2 + 1];
+    }
+    if (count) {
+      one /= double(count);
+      two = two / double(count) - one * one;
+      if (two < 0) two = 0;  // a NaN stays one
+    }
+    out[u] = float(one);
+    out[units + u] = float(two);
+  }
 }
 
 }  // namespace dst

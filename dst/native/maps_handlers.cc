@@ -38,10 +38,9 @@ bool pools(const Floats& y, const Floats& k, const Dimensions& small) {
 
 Pixels all_windows(const Dimensions& d) { return {d[2], d[3], d[0], 0, d[1] / 2 * (d[2] / 2)}; }
 
-// Calls f(part, its pixels) for all parts; how many. That sets the order of sums: not a matter of
-// threads.
+// Calls f(part, its pixels) for all parts. How many sets the order of sums: not a matter of threads.
 template <class F>
-int64_t each_part(ffi::ThreadPool& pool, const Pixels& all, int64_t threads, const F& f) {
+void each_part(ffi::ThreadPool& pool, const Pixels& all, int64_t threads, const F& f) {
   const int64_t parts = std::max<int64_t>(1, std::min(kParts, all.end));
   threads = threads_for(pool, 2 * all.batch * all.channels * all.end, threads);
   parallel_for(pool, parts, threads, [&](int64_t part) {
@@ -50,22 +49,19 @@ int64_t each_part(ffi::ThreadPool& pool, const Pixels& all, int64_t threads, con
     own.end = all.end * (part + 1) / parts;
     f(part, own);
   });
-  return parts;
 }
 
-// The two sums of each channel, (2, C), which f(pixels, sums) computes of a part.
+// The two sums of each channel, which f(pixels, sums) computes of a part: out (2, C), see write_sums.
 template <class F>
-Array<double> sum(ffi::ThreadPool& pool, const Pixels& all, int64_t threads, const F& f) {
+void sum(ffi::ThreadPool& pool, const Pixels& all, int64_t threads, int64_t count, float* out,
+         const F& f) {
   const int64_t C = all.channels;
-  Array<double> totals(kParts * 2 * C, 0.0), out(2 * C, 0.0);
-  const int64_t parts = each_part(pool, all, threads, [&](int64_t part, const Pixels& own) {
+  Array<double> totals(kParts * 2 * C, 0.0);
+  each_part(pool, all, threads, [&](int64_t part, const Pixels& own) {
     const Lease lease(2 * C * level().maps->lanes);
     f(own, Sums{lease.data(), totals.data() + part * 2 * C});
   });
-  for (int64_t part = 0; part < parts; part++) {
-    for (int64_t i = 0; i < 2 * C; i++) out[i % 2 * C + i / 2] += totals[part * 2 * C + i];
-  }
-  return out;
+  write_sums(totals, C, count, out);
 }
 
 // out (2, C): the sums of a and of a b of each channel, or with `moments` mean and variance of a.
@@ -76,17 +72,10 @@ ffi::Error channel_sums(ffi::ThreadPool pool, Floats a, Floats b, FloatResult ou
     return wrong("dst_channel_sums: maps are (N, H, W, C) both, the result (2, C).");
   }
   const Pixels all = all_pixels(a.dimensions());
-  auto sums = sum(pool, all, threads, [&](const Pixels& own, const Sums& to) {
+  const int64_t count = moments ? all.batch * all.end : 0;
+  sum(pool, all, threads, count, out->typed_data(), [&](const Pixels& own, const Sums& to) {
     level().maps->channel_sums(own, a.typed_data(), b.typed_data(), to);
   });
-  const double count = double(all.batch * all.end);
-  for (int64_t c = 0; moments && c < all.channels; c++) {
-    double &mean = sums[c], &variance = sums[all.channels + c];
-    mean /= count;
-    variance = variance / count - mean * mean;
-    if (variance < 0) variance = 0;  // a NaN stays one
-  }
-  std::copy(sums.begin(), sums.end(), out->typed_data());
   return ffi::Error::Success();
 }
 
@@ -99,7 +88,8 @@ ffi::Error magnitudes(ffi::ThreadPool pool, Floats map, Floats other, Floats k, 
   const auto source = source_of(map, other.element_count() ? &other : nullptr, k);
   if (!source.has_value()) return source.error();
   const Pixels all = all_pixels(map.dimensions());
-  const auto sums = sum(pool, all, threads, [&](const Pixels& own, const Sums& to) {
+  Array<float> sums(2 * all.channels);  // and zeros
+  sum(pool, all, threads, 0, sums.data(), [&](const Pixels& own, const Sums& to) {
     level().maps->magnitudes(own, *source, to);
   });
   std::copy_n(sums.begin(), all.channels, out->typed_data());
@@ -124,12 +114,11 @@ ffi::Error pool_backward(ffi::ThreadPool pool, Floats y, Floats k, Floats g, Flo
         "dst_pool_backward: maps are (N, H, W, C) with H and W even, k is (2, C), g is (N, H / 2, "
         "W / 2, C), the results are as y and as k.");
   }
-  const auto sums = sum(pool, all_windows(y.dimensions()), threads,
-                        [&](const Pixels& own, const Sums& to) {
+  const Pixels all = all_windows(y.dimensions());
+  sum(pool, all, threads, 0, out->typed_data(), [&](const Pixels& own, const Sums& to) {
     level().maps->pool_backward(own, y.typed_data(), k.typed_data(), g.typed_data(),
                                 du->typed_data(), to);
   });
-  std::copy(sums.begin(), sums.end(), out->typed_data());
   return ffi::Error::Success();
 }
 
@@ -158,11 +147,11 @@ ffi::Error join_backward(ffi::ThreadPool pool, Floats ga, Floats gb, Floats z, F
         "sums are (2, C).");
   }
   const float* second = alone ? nullptr : gb.typed_data();
-  const auto sums = sum(pool, all_pixels(d), threads, [&](const Pixels& own, const Sums& to) {
+  const Pixels all = all_pixels(d);
+  sum(pool, all, threads, 0, out->typed_data(), [&](const Pixels& own, const Sums& to) {
     level().maps->join_backward(own, ga.typed_data(), second, z.typed_data(), y.typed_data(),
                                 du->typed_data(), to);
   });
-  std::copy(sums.begin(), sums.end(), out->typed_data());
   return ffi::Error::Success();
 }
 
