@@ -20,7 +20,7 @@ lint: .venv/.lint
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dst/native/*.so *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dst/connections/backends/native/*.so *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # A name on the PATH may be another tool's stub, and Debian's Python may lack venv: try each.
 .venv/.python:
@@ -31,7 +31,7 @@ clean:
 	echo 'dst: Python 3.11 or newer (with venv) is needed; name one with make PYTHON=/path/to/python.' >&2; \
 	exit 1
 
-.venv/.run: .venv/.python pyproject.toml $(wildcard dst/native/*.cc dst/native/*.h)
+.venv/.run: .venv/.python pyproject.toml $(wildcard dst/connections/backends/native/*.cc dst/connections/backends/native/*.h)
 	@echo 'Installing into .venv, about a minute ...'
 	@$(INSTALL) . && touch $@
 
@@ -40,6 +40,6 @@ clean:
 	@$(INSTALL) '.[test]' && touch $@
 
 # Everything at once: three installations would compile the kernels three times.
-.venv/.lint: .venv/.python pyproject.toml $(wildcard dst/native/*.cc dst/native/*.h)
+.venv/.lint: .venv/.python pyproject.toml $(wildcard dst/connections/backends/native/*.cc dst/connections/backends/native/*.h)
 	@echo 'Installing what the tests need, ruff and mypy ...'
 	@$(INSTALL) '.[test,lint]' && touch .venv/.run .venv/.test $@

@@ -1,6 +1,6 @@
 """VGG-16 (narrowed by 4) on CIFAR-10 at 98 % sparsity, with the paper's settings (section 4.1).
 
-    python -m dst.cifar cifar10        (once; needs internet)
+    python -m dst.data.cifar cifar10        (once; needs internet)
     python -m dst.main --config=configs/cifar10_vgg16.py
 
 Expected, the paper's Table 1 (top-1 test accuracy in %, mean of 3 seeds):

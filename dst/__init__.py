@@ -1,15 +1,15 @@
 """Dynamic sparse training with guided stochastic exploration, in JAX and Flax."""
 
-from dst import lottery
-from dst.carry import carry
 from dst.config import ConfigError
-from dst.export import export, load, predictor
-from dst.methods import Method, method
+from dst.connections.carry import carry
+from dst.methods import lottery
+from dst.methods.before import prune_at_init
+from dst.methods.plan import due
+from dst.methods.table import Method, method
 from dst.network import Network, network
-from dst.plan import due
 from dst.rewire import make_rewire
-from dst.scores import prune_at_init
 from dst.state import SparseState, init_state, sparsity_of
+from dst.training.export import export, load, predictor
 from dst.update import make_update
 
 __all__ = [

@@ -59,7 +59,7 @@ def default() -> ConfigDict:
     config.precision = "float32"  # of the compute: 'float32' or 'bfloat16'; the state is float32
 
     # Sparsity. None: the method's own value, which resolve() fills in; the paper's is named.
-    config.method = "gse"  # a row of dst/methods.py: 'gse' is the paper's
+    config.method = "gse"  # a row of dst/methods/table.py: 'gse' is the paper's
     # 'masked': dense arrays, every method; 'sparse': memory of the connections that exist; dense,
     # random, set, gse, gse_v2 and a streamed rigl.
     config.execution = "masked"  # 'masked' or 'sparse'
@@ -257,7 +257,7 @@ def validate(config: ConfigDict) -> None:
             "model 'vgg' halves 32x32 images five times; for the 8x8 images of dataset 'digits' "
             "it must be 'mlp' or 'resnet'."
         )
-    from dst.methods import check_config  # which imports this module
+    from dst.methods.table import check_config  # which imports this module
 
     check_config(config)
 

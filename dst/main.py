@@ -27,9 +27,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dst import launch, runtime
 from dst.config import ConfigError, check_field, check_name, load, validate
-from dst.methods import resolve
+from dst.methods.table import resolve
+from dst.training import launch, runtime
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, Path, launch.Place | None]:
@@ -77,8 +77,8 @@ def main(argv: list[str], prepare: Callable[[Path], None] = lambda workdir: None
     try:
         config, workdir, place = parse(argv)
         prepare(workdir)
-        from dst.loop import Stopped  # takes seconds: not before the flags are right
-        from dst.train import train  # takes seconds: not before the flags are right
+        from dst.training.loop import Stopped  # takes seconds: not before the flags are right
+        from dst.training.train import train  # takes seconds: not before the flags are right
 
         with launch.joined(place):
             try:

@@ -15,7 +15,7 @@ from flax import traverse_util
 from jax import lax
 
 from dst.config import ConfigError, check_field, quoted
-from dst.obstacle import jitted, mapped, obstacle, pair, unlike_float32
+from dst.layers.obstacle import jitted, mapped, obstacle, pair, unlike_float32
 from dst.sown import Path, sown
 
 LOGGER = logging.getLogger("dst")

@@ -21,21 +21,21 @@ import numpy as np
 import optax
 from jax import lax
 
-from dst.candidates import Candidates, candidates
-from dst.combinations import check, check_execution
 from dst.config import ConfigError
-from dst.drop import DROPS, weakest
-from dst.explore import sparse_rewire_body
-from dst.hashing import hashes_at
-from dst.heuristics import HEURISTICS, ON_HOST
-from dst.masks import dead_units
-from dst.methods import Method
-from dst.moments import recognise, reset_inactive
+from dst.connections.hashing import hashes_at
+from dst.connections.masks import dead_units
+from dst.connections.moments import recognise, reset_inactive
+from dst.connections.select import bits, lowest
+from dst.methods.candidates import Candidates, candidates
+from dst.methods.combinations import check, check_execution
+from dst.methods.drop import DROPS, weakest
+from dst.methods.explore import sparse_rewire_body
+from dst.methods.heuristics import HEURISTICS, ON_HOST
+from dst.methods.memory import after_rewire, refuse_waiting, told
+from dst.methods.plan import plan
+from dst.methods.share import share_out
+from dst.methods.table import Method
 from dst.network import Network
-from dst.plan import plan
-from dst.remember import after_rewire, refuse_waiting, told
-from dst.select import bits, lowest
-from dst.share import share_out
 from dst.state import SparseState, active_counts, join, kernels_of
 from dst.update import (
     TIE_STREAM,

@@ -11,15 +11,15 @@ import numpy as np
 import optax
 from flax import struct, traverse_util
 
-from dst.arena import VALUES, Arena, Connections, fill, lay_out
-from dst.combinations import check, check_execution
 from dst.config import ConfigError
-from dst.execution import init_rest
-from dst.masks import active_count, fan_in_weights, layer_counts, random_positions
-from dst.methods import Method
-from dst.moments import recognise, refuse_unless_coordinate_wise
+from dst.connections.arena import VALUES, Arena, Connections, fill, lay_out
+from dst.connections.execution import init_rest
+from dst.connections.masks import active_count, fan_in_weights, layer_counts, random_positions
+from dst.connections.moments import recognise, refuse_unless_coordinate_wise
+from dst.methods.combinations import check, check_execution
+from dst.methods.memory import first_memory
+from dst.methods.table import Method
 from dst.network import Network
-from dst.remember import first_memory
 
 Array = jax.Array
 
@@ -37,7 +37,7 @@ class Progress(struct.PyTreeNode):
 class SparseState(struct.PyTreeNode):
     """Immutable training state: what is inactive is exactly 0 in `params` and `opt_state`.
 
-    In sparse execution it is not there at all: see `dst.arena`.
+    In sparse execution it is not there at all: see `dst.connections.arena`.
     """
 
     step: Array  # int32 ()
@@ -46,7 +46,7 @@ class SparseState(struct.PyTreeNode):
     masks: Any  # layer path -> bool, the kernel's shape; or the arena's structure
     opt_state: optax.OptState
     key: Array  # all randomness is fold_in(key, step)
-    method: Any  # what the method remembers, see `dst.remember`
+    method: Any  # what the method remembers, see `dst.methods.memory`
     progress: Progress
 
 

@@ -15,12 +15,12 @@ from flax.core.scope import in_filter, subtract_filters, union_filters
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dst import hosts
-from dst.arena import VALUES
 from dst.config import ConfigError
-from dst.execution import forward
-from dst.moments import recognise, reset_inactive
+from dst.connections.arena import VALUES
+from dst.connections.execution import forward
+from dst.connections.moments import recognise, reset_inactive
+from dst.methods.memory import follow, refuse_waiting
 from dst.network import Network
-from dst.remember import follow, refuse_waiting
 from dst.sown import entries
 from dst.state import SparseState, kernels_of, masks_of, with_kernels
 

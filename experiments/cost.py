@@ -3,13 +3,13 @@
     python -m experiments.cost [--model vgg|resnet|mlp] [--sparsity 0.9 0.95 0.98] [--methods ...]
                                [--logs FOLDER ...] [--measure]
 
-Peak words and FLOPs are counted, see `dst.cost`: words of 4 bytes per possible weight, and training
-over dense training. These FLOPs are those of the paper's schedule on CIFAR-100, as if layers kept
-their first shares of the connections. With --logs those of real runs of this kind of model, counted
-from their masks, stand beside them. --measure adds what XLA plans for a jitted step and a jitted
-rewire on one 2048 x 2048 layer at the highest sparsity, in words per possible weight: arguments,
-results and temporaries (SynFlow's float64 pass is a program of its own, and not in it). Masked
-execution holds dense arrays for every method, so its number says little of the method.
+Peak words and FLOPs are counted, see `dst.training.cost`: words of 4 bytes per possible weight, and
+training over dense training. These FLOPs are those of the paper's schedule on CIFAR-100, as if
+layers kept their first shares of the connections. With --logs those of real runs of this kind of
+model, counted from their masks, stand beside them. --measure adds what XLA plans for a jitted step
+and a jitted rewire on one 2048 x 2048 layer at the highest sparsity, in words per possible weight:
+arguments, results and temporaries (SynFlow's float64 pass is a program of its own, and not in it).
+Masked execution holds dense arrays for every method, so its number says little of the method.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ import optax
 from ml_collections import ConfigDict
 
 import dst
-from dst import cost, data, log, models
+from dst import models
 from dst.config import TRAIN_IMAGES, ConfigError
-from dst.heuristics import HEURISTICS
-from dst.masks import active_count
-from dst.methods import ROWS, Method, method_of
+from dst.connections.masks import active_count
+from dst.data import pipeline as data
+from dst.methods.heuristics import HEURISTICS
+from dst.methods.memory import begun
+from dst.methods.plan import due, plan
+from dst.methods.schedules import largest_remainder
+from dst.methods.table import ROWS, Method, method_of
 from dst.network import Network
-from dst.plan import due, plan
-from dst.remember import begun
 from dst.rewire import host_heuristic, rewire_body
-from dst.schedules import largest_remainder
 from dst.state import first_counts
+from dst.training import cost, log
 from dst.update import parallel, update_body
 from experiments.benchmarks import measure
 from experiments.runs import configured, training_steps, trainings
@@ -102,7 +104,7 @@ class Run:
         self.steps = training_steps(config)  # of one training
 
     def cost(self, events: list[dict[str, Any]], steps: int) -> dict[str, float]:
-        """`dst.cost.report` of these events."""
+        """`dst.training.cost.report` of these events."""
         first, rounds = first_counts(self.net, self.method), len(self.levels)
         numbers = (steps, self.batch_size, self.examples, rounds)
         return cost.report(self.net, self.method, first, events, *numbers)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dst import figures
+from dst.training import figures
 from experiments import sweep, table1
 from experiments.runs import Finished
 from experiments.tables import LABELS, grouped, markdown, named, panels

@@ -2,7 +2,7 @@
 
 Each run trains an MLP of two hidden layers on the digits and rewires as it goes; its peak is the
 resident memory of the whole process. The smallest network, 64-64, tells what Python, JAX and the
-data take. The counted words are those of `dst.cost`, weights and all that is kept beside them.
+data take. The counted words are those of `dst.training.cost`, weights and what is kept beside them.
 """
 
 from __future__ import annotations

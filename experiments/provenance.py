@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dst.config import load
-from dst.log import headers, read
+from dst.training.log import headers, read
 from experiments.runs import ROOT, differing, flag, logged
 from experiments.scales import BASES
 from experiments.summary import RESULTS

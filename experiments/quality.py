@@ -33,15 +33,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dst import checkpoint, figures, hosts, log
-from dst.candidates import by_dense_gradient, drawing, everything, positions
+from dst import hosts
 from dst.config import ConfigError
-from dst.heuristics import HEURISTICS, ON_HOST
 from dst.main import complain
-from dst.plan import due, plan
+from dst.methods.candidates import by_dense_gradient, drawing, everything, positions
+from dst.methods.heuristics import HEURISTICS, ON_HOST
+from dst.methods.plan import due, plan
 from dst.state import SparseState, join
-from dst.steps import Resident, classification, make_fetch, residents
-from dst.train import Built, build
+from dst.training import checkpoint, figures, log
+from dst.training.steps import Resident, classification, make_fetch, residents
+from dst.training.train import Built, build
 from dst.update import parallel, stream
 from experiments.recall import ByLayer, Marginals, caught, correlations, mean, strongest
 from experiments.runs import logged
@@ -50,7 +51,7 @@ from experiments.subset_size import RATIOS
 from experiments.tables import COLORS, markdown
 
 DRAWS = 3  # of S, that are averaged
-DRAW_STREAM = 4  # their randomness, beside the streams of `dst.update` and `dst.heuristics`
+DRAW_STREAM = 4  # their randomness, beside the streams of `dst.update` and `dst.methods.heuristics`
 METHODS = ("gse", "rigl", "set")  # whose plan says |P|
 
 

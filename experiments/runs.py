@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dst.config import OPERATIONAL, TRAIN_IMAGES, ConfigError, check_field, default, load, validate
-from dst.data import steps_per_epoch
-from dst.log import read
-from dst.lottery import levels
-from dst.methods import never_read, resolve
+from dst.data.pipeline import steps_per_epoch
+from dst.methods.lottery import levels
+from dst.methods.table import never_read, resolve
+from dst.training.log import read
 
 ROOT = Path(__file__).parents[1]
 STEP_COST = {"vgg": 1.0, "resnet": 7.0, "mlp": 0.1}  # measured on CPU; only for progress and ETA

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dst.log import read
+from dst.training.log import read
 
 RESULTS = Path(__file__).parent / "results"
 HEADER = """\

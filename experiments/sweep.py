@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from dst import figures, log
 from dst.config import ConfigError
-from dst.signals import stop_signals
+from dst.training import figures, log
+from dst.training.signals import stop_signals
 from experiments.runs import ROOT, Finished, Run, finished, override, share_done, work
 from experiments.scales import BASES, SCALES, Scale
 

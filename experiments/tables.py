@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dst import figures
+from dst.training import figures
 from experiments.benchmarks import measure
 from experiments.runs import Finished
 from experiments.scales import SCALES

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dst.arena import Arena, Part, fill
+from dst.connections.arena import Arena, Part, fill
 from dst.network import Layer
 
 # Two or more blocks, a block with a remainder, one row, one column, and a convolution.

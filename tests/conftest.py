@@ -33,7 +33,7 @@ def _forget_programs():
 @pytest.fixture(params=["pure", "compiled"])
 def tier(request, monkeypatch):
     """Both tiers of sparse execution; on a machine without a compiler there is one."""
-    from dst import kernels
+    from dst.connections.backends import cpp as kernels
 
     monkeypatch.setattr(
         kernels,
@@ -45,7 +45,7 @@ def tier(request, monkeypatch):
 @pytest.fixture(params=["categorical", "inverse CDF"])
 def branch(request, monkeypatch):
     """Both ways of drawing units, whatever the width."""
-    from dst import units
+    from dst.methods import units
 
     most = 2**40 if request.param == "categorical" else 0
     monkeypatch.setattr(units, "CATEGORICAL_ELEMENTS", most)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dst import kernels
+from dst.connections.backends import cpp as kernels
 from dst.network import Layer
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 
-from dst.arena import positions
+from dst.connections.arena import positions
 from tests import tiny
 
 # A large eps: where a gradient nearly vanishes, Adam would show its last bits.

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 LEVEL = (
-    "import ctypes; from dst.native.library import library; f = ctypes.CDLL(library()).dst_level"
+    "import ctypes; from dst.connections.backends.native.library import library; "
+    "f = ctypes.CDLL(library()).dst_level"
 )
 
 

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dst import arrivals, kernels, sample
-from dst.arena import Part
+from dst.connections.arena import Part
+from dst.connections.backends import cpp as kernels
+from dst.methods import arrivals, sample
+from dst.methods.sample import Sampling
+from dst.methods.units import cumulative_shares
 from dst.network import Layer
-from dst.sample import Sampling
-from dst.units import cumulative_shares
 
 SHAPE, CHUNK = (24, 40), 64  # 960 pairs, dozens of buckets and heavy outputs of their own
 TRIALS, GROUPS = 1000, 5  # groups of 8 outputs

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from dst import checkpoint, data, log, loop, steps, train
-from dst.lottery import winning
-from dst.masks import active_count
+from dst.connections.masks import active_count
+from dst.data import pipeline as data
+from dst.methods.lottery import winning
+from dst.training import checkpoint, log, loop, steps, train
 from tests.test_train import result, small
 
 N = 64 * 32 + 32 * 10  # possible connections of the small network

@@ -19,8 +19,8 @@ import optax
 import pytest
 from flax import struct
 
-from dst import checkpoint
 from dst.config import OPERATIONAL, ConfigError
+from dst.training import checkpoint
 
 CONFIG = {"seed": 0, "learning_rate": 0.1, "hidden": (8, 8)}
 

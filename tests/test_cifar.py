@@ -14,8 +14,9 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums, resource
 
-from dst import cifar, data
 from dst.config import ConfigError
+from dst.data import cifar
+from dst.data import pipeline as data
 
 TRAIN, TEST = 60, 20
 
@@ -107,7 +108,7 @@ def test_prepared_data_set_is_tfds_own_and_needs_no_tensorflow(prepared):
 def test_missing_data_set_is_one_sentence_with_the_command(tmp_path):
     with pytest.raises(ConfigError) as error:
         data.load("cifar100", str(tmp_path))
-    assert str(error.value).endswith(f"python -m dst.cifar cifar100 --data_dir={tmp_path}")
+    assert str(error.value).endswith(f"python -m dst.data.cifar cifar100 --data_dir={tmp_path}")
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 

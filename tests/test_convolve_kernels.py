@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dst import kernels
+from dst.connections.backends import cpp as kernels
 from dst.network import Layer
 from tests import levels
 from tests.convolutions import activation, expected, gradient, make, near

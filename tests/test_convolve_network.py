@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import dst
-from dst import execution, kernels
-from dst.arena import positions
-from dst.execution import forward
-from dst.normalization import normalise
+from dst.connections import execution
+from dst.connections.arena import positions
+from dst.connections.backends import cpp as kernels
+from dst.connections.execution import forward
+from dst.connections.normalization import normalise
 from tests import tiny
 from tests.convolutions import near, normal
 from tests.executions import ONE, both, close, dense

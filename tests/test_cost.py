@@ -8,11 +8,11 @@ import pytest
 import tiny
 
 import dst
-from dst import cost, log
-from dst.methods import ROWS
+from dst.methods.table import ROWS
 from dst.models import MLP, VGG16, ResNet
 from dst.network import Layer, Network
 from dst.state import first_counts
+from dst.training import cost, log
 
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 

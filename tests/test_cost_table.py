@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dst.methods import ROWS
+from dst.methods.table import ROWS
 from experiments import cost
 
 RESULTS = Path(cost.__file__).parent / "results"

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import dst
-from dst import checkpoint, lottery
 from dst.config import default, validate
-from dst.masks import active_count
-from dst.methods import ROWS
-from dst.plan import plan
+from dst.connections.masks import active_count
+from dst.methods import lottery
+from dst.methods.plan import plan
+from dst.methods.table import ROWS
 from dst.state import first_counts
+from dst.training import checkpoint
 from dst.update import replicate
 from tests import tiny
 from tests.executions import ONE

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import dst
-from dst import explore
-from dst.heuristics import HEURISTICS, OBSERVED
-from dst.plan import plan
+from dst.methods import explore
+from dst.methods.heuristics import HEURISTICS, OBSERVED
+from dst.methods.plan import plan
 from tests import tiny
 from tests.executions import ONE, both, check_arena, close, dense, structure
 

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dst
-from dst import execution, fusion, kernels, probes
-from dst.arena import positions
-from dst.execution import forward
+from dst import observe as probes
+from dst.connections import execution, fusion
+from dst.connections.arena import positions
+from dst.connections.backends import cpp as kernels
+from dst.connections.execution import forward
 from tests import tiny
 from tests.convolutions import near, normal
 from tests.executions import dense

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import dst
-from dst import heuristics
-from dst.plan import plan
+from dst.methods import heuristics
+from dst.methods.plan import plan
 from dst.update import AXIS
 from tests import tiny
 from tests.executions import structure

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from dst import heuristics
 from dst.config import ConfigError
+from dst.methods import heuristics
 from dst.models import ResNet
 from dst.network import network
 from dst.state import SparseState, fresh_progress

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dst import hosts, launch, train
+from dst import hosts
 from dst.config import ConfigError
+from dst.training import launch, train
 from tests.test_train import result, small
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 # dst.main, in which a signal comes during the rewire of a step.
 PROGRAM = """
 import os, sys
-from dst import loop, main
+from dst import main
+from dst.training import loop
 number, at, *argv = sys.argv[1:]
 go = loop.rewire
 def rewire(run, state, step):

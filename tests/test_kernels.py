@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dst import kernels
+from dst.connections.backends import cpp as kernels
 from tests import levels
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from dst import figures, log
 from dst.config import ConfigError
+from dst.training import figures, log
 
 CONFIG = {"dataset": "digits", "model": "mlp", "method": "gse", "heuristic": "grabo", "a": (1, 2)}
 HEADER = {"config": CONFIG, "versions": {}}

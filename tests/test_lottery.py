@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import dst
-from dst.lottery import levels, ticket, winning
-from dst.masks import active_count
+from dst.connections.masks import active_count
+from dst.methods.lottery import levels, ticket, winning
 from dst.state import with_kernels
 from tests.tiny import active, batch, kernels, loss, setup
 

@@ -18,7 +18,7 @@ DIGITS = f"--config={ROOT}/configs/digits_mlp.py"
 
 
 class StoppedForTest(RuntimeError):
-    """Stands for dst.loop.Stopped."""
+    """Stands for dst.training.loop.Stopped."""
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def runs(monkeypatch, tmp_path):
     """Replaces the training by a list of its calls; the current folder is an empty one."""
     calls = []
     fake = types.SimpleNamespace(train=lambda *args: calls.append(args))
-    monkeypatch.setitem(sys.modules, "dst.train", fake)
+    monkeypatch.setitem(sys.modules, "dst.training.train", fake)
     loop = types.SimpleNamespace(Stopped=StoppedForTest)
-    monkeypatch.setitem(sys.modules, "dst.loop", loop)
+    monkeypatch.setitem(sys.modules, "dst.training.loop", loop)
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -144,7 +144,7 @@ def test_what_the_training_raises_is_a_sentence(error, expected, runs, capsys, m
     def fail(*_):
         raise error("A sentence.")
 
-    monkeypatch.setattr(sys.modules["dst.train"], "train", fail)
+    monkeypatch.setattr(sys.modules["dst.training.train"], "train", fail)
     assert main_lib.main(["dst", DIGITS]) == expected
     assert capsys.readouterr() == ("", "dst: A sentence.\n")
 

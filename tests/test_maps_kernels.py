@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dst import kernels, maps
+from dst.connections.backends import cpp as kernels
+from dst.connections.backends import maps
 from tests import levels
 from tests.convolutions import near, normal
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dst import masks
 from dst.config import ConfigError
-from dst.masks import (
+from dst.connections import masks
+from dst.connections.masks import (
     DISTRIBUTIONS,
     active_count,
     dead_units,

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 import dst
-from dst import train
-from dst.combinations import check_execution
 from dst.config import METHODS, ConfigError, default
-from dst.methods import (
+from dst.methods.combinations import check_execution
+from dst.methods.table import (
     FIELDS,
     OWN,
     ROWS,
@@ -22,6 +21,7 @@ from dst.methods import (
     told_unread,
     unread_fields,
 )
+from dst.training import train
 
 BAD = {
     "initial": [-0.1, 1.0, math.nan, "0.5"],

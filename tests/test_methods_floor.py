@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dst
-from dst import train
-from dst.drop import unprotected, weakest
-from dst.hashing import salts
-from dst.plan import floors, plan
+from dst.connections.hashing import salts
+from dst.methods.drop import unprotected, weakest
+from dst.methods.plan import floors, plan
 from dst.state import join, kernels_of
+from dst.training import train
 from tests.arenas import hashed
 from tests.test_train import small
 from tests.tiny import active, kernels, loss, setup

@@ -13,9 +13,11 @@ import optax
 import pytest
 
 import dst
-from dst import checkpoint, lottery, main
-from dst.masks import active_count
+from dst import main
+from dst.connections.masks import active_count
+from dst.methods import lottery
 from dst.state import count_of
+from dst.training import checkpoint
 from tests import tiny
 
 EXECUTIONS = ("masked", "sparse")

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from dst.config import ConfigError
-from dst.execution import init_rest
-from dst.moments import refuse_unless_coordinate_wise
+from dst.connections.execution import init_rest
+from dst.connections.moments import refuse_unless_coordinate_wise
 from dst.network import network
 
 

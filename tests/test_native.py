@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dst import kernels
-from dst.native import library
+from dst.connections.backends import cpp as kernels
+from dst.connections.backends.native import library
 
 built = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
 
@@ -46,7 +46,7 @@ def test_not_built(fresh, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "what, sentence",
     [
-        ("source_hash", "are older than dst/native/kernels.cc; reinstall dst"),
+        ("source_hash", "are older than their sources; reinstall dst"),
         ("interface", "were built for another jaxlib; reinstall dst"),
     ],
 )

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import dst
-from dst import obstacle
 from dst.config import ConfigError
+from dst.layers import obstacle
 from dst.network import network
 
 IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)

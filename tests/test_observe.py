@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dst import probes
+from dst import observe as probes
 from dst.config import ConfigError
 from dst.network import network
 from tests.test_probes import (

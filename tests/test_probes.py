@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dst import probes
+from dst import observe as probes
 from dst.network import network
 
 CONVS = {

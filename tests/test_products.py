@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dst import kernels, products
-from dst.arena import Arena, positions
+from dst.connections import products
+from dst.connections.arena import Arena, positions
+from dst.connections.backends import cpp as kernels
 from tests.arenas import SHAPES, parts_of, random_case, slices
 
 # K is a few times the smaller chunk and not a multiple of it, or less than one larger chunk.

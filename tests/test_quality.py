@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dst import checkpoint, data, train
-from dst.plan import plan
+from dst.data import pipeline as data
+from dst.methods.plan import plan
+from dst.training import checkpoint, train
 from experiments import quality
 from experiments.runs import configured
 from tests.test_sample import draw_jit

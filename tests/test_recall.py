@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dst.candidates import by_dense_gradient, drawing, everything
-from dst.heuristics import grabo
-from dst.plan import plan
+from dst.methods.candidates import by_dense_gradient, drawing, everything
+from dst.methods.heuristics import grabo
+from dst.methods.plan import plan
 from dst.update import parallel, split_batch
 from experiments import quality, recall
 from tests import tiny

@@ -9,10 +9,10 @@ import pytest
 
 import dst
 from dst.config import default
-from dst.methods import method_of, resolve
-from dst.plan import plan
-from dst.remember import TOLERANCE
-from dst.schedules import cubic_sparsity, largest_remainder
+from dst.methods.memory import TOLERANCE
+from dst.methods.plan import plan
+from dst.methods.schedules import cubic_sparsity, largest_remainder
+from dst.methods.table import method_of, resolve
 from tests import tiny
 
 ONE = jax.local_devices()[:1]

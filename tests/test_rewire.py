@@ -15,13 +15,13 @@ from jax import lax
 
 import dst
 from dst import rewire as rewire_module
-from dst.arena import positions
-from dst.candidates import Candidates
-from dst.drop import weakest
-from dst.hashing import hashes_at, salts
+from dst.connections.arena import positions
+from dst.connections.hashing import hashes_at, salts
+from dst.methods.candidates import Candidates
+from dst.methods.drop import weakest
+from dst.methods.plan import plan
+from dst.methods.schedules import largest_remainder
 from dst.network import Layer
-from dst.plan import plan
-from dst.schedules import largest_remainder
 from tests.arenas import hashed
 from tests.executions import structure
 from tests.tiny import active, batch, kernels, loss, setup

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dst.config import METHODS, ConfigError
-from dst.log import headers, read
-from dst.masks import active_count
-from dst.schedules import events
+from dst.connections.masks import active_count
+from dst.methods.schedules import events
+from dst.training.log import headers, read
 from experiments import layer_sparsity, memory, subset_size, sweep, table1, width
 from experiments.cost import network_of
 from experiments.runs import OPERATIONAL, Run, finished, folder_of, identity, logged, override

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 AGAIN = """
 import pathlib, resource
 import numpy as np
-from dst import runtime
+from dst.training import runtime
 runtime.prepare(pathlib.Path("."))
 np.ones(2**23)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -44,7 +44,7 @@ def test_freed_memory_is_kept_unless_switched_off(tmp_path):
 PROGRAMS = """
 import pathlib
 import jax
-from dst import runtime
+from dst.training import runtime
 runtime.prepare(pathlib.Path("here"))
 print(jax.config.jax_compilation_cache_dir)
 """

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import dst
-from dst import kernels, sample
+from dst.connections.backends import cpp as kernels
+from dst.methods import sample
 from tests import tiny
 from tests.executions import ADAMW, ONE, both, close, dense, structure
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dst import sample, units
+from dst.methods import sample, units
 from tests.test_units import F, G, chi_square_p
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dst.schedules import (
+from dst.methods.schedules import (
     cosine_drop_fraction,
     drop_counts,
     events,

@@ -10,8 +10,7 @@ import optax
 import pytest
 
 import dst
-from dst.remember import begun
-from dst.scores import (
+from dst.methods.before import (
     SCORES,
     hessian_product,
     mean_on_devices,
@@ -19,6 +18,7 @@ from dst.scores import (
     objective,
     prune_at_init,
 )
+from dst.methods.memory import begun
 from dst.state import kernels_of, with_kernels
 from tests.tiny import batch, setup
 from tests.tiny import loss as tiny_loss

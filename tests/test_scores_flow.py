@@ -13,9 +13,9 @@ import optax
 import pytest
 
 import dst
-from dst import scores
+from dst.methods import before as scores
+from dst.methods.before import densities, flow_scores, prune_at_init
 from dst.models import ResNet
-from dst.scores import densities, flow_scores, prune_at_init
 from dst.state import kernels_of, with_kernels
 from tests.tiny import active
 

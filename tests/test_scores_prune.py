@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dst
-from dst.masks import active_count, strongest
-from dst.scores import prune_at_init
+from dst.connections.masks import active_count, strongest
+from dst.methods.before import prune_at_init
 from tests.tiny import SGD, active, batch, kernels, loss, setup
 
 NAMES = ["snip", "grasp", "grasp_abs", "synflow"]

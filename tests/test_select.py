@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dst import kernels, select
-from dst.select import NOWHERE, Found
+from dst.connections import select
+from dst.connections.backends import cpp as kernels
+from dst.connections.select import NOWHERE, Found
 from tests.arenas import hashed, listed, ordered, parts_of, random_case, slices
 
 examples = settings(max_examples=30, deadline=None)

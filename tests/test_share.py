@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dst.schedules import largest_remainder
-from dst.share import share_out
+from dst.methods.schedules import largest_remainder
+from dst.methods.share import share_out
 
 share = jax.jit(share_out)
 SPLITS = st.integers(1, 6).flatmap(

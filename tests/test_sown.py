@@ -10,9 +10,9 @@ import optax
 import pytest
 
 import dst
-from dst.execution import init_rest
+from dst.connections.execution import init_rest
+from dst.methods.before import cooled
 from dst.network import network
-from dst.scores import cooled
 from tests.executions import ONE
 
 TX = optax.sgd(0.1)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import dst
-from dst import kernels
 from dst import rewire as masked_rewire
-from dst.execution import forward
-from dst.heuristics import synaptic_flow
+from dst.connections.backends import cpp as kernels
+from dst.connections.execution import forward
+from dst.methods.heuristics import synaptic_flow
 from tests import tiny
 from tests.executions import ADAMW, ONE, both, check_arena, close, dense, precisions, structure
 

@@ -9,9 +9,11 @@ import pytest
 from flax import linen as nn
 
 import dst
-from dst import kernels, probes, stream
-from dst.hashing import salts
-from dst.select import nothing, row_salts
+from dst import observe as probes
+from dst.connections.backends import cpp as kernels
+from dst.connections.hashing import salts
+from dst.connections.select import nothing, row_salts
+from dst.methods import stream
 from dst.update import AXIS, parallel
 from tests import tiny
 from tests.arenas import hashed, random_case

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from dst.log import read
+from dst.training.log import read
 from experiments import subset_size, sweep
 from experiments.runs import ROOT, Run, finished, share_done
 from experiments.scales import run_of
@@ -164,7 +164,7 @@ def test_dry_run_prints_what_is_left(tmp_path, capsys):
 # Whether JAX has taken hold of devices after what a sweep's own process does.
 OWN = """
 import sys
-from dst import log
+from dst.training import log
 from experiments import table1, width, sweep
 log.say("x")
 log.progress(3, 0).close()

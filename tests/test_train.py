@@ -13,11 +13,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dst import checkpoint, loop, train
-from dst import data as dst_data
 from dst.config import ConfigError, default, validate
-from dst.log import read
-from dst.methods import resolve
+from dst.data import pipeline as dst_data
+from dst.methods.table import resolve
+from dst.training import checkpoint, loop, train
+from dst.training.log import read
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,7 +95,10 @@ def test_a_finished_run_is_not_run_again(run, uninterrupted, capsys):
 KILL = """
 import os, signal, sys, threading
 sys.path.insert(0, {root!r})
-from dst import steps, train, loop, checkpoint
+from dst.training import steps
+from dst.training import train
+from dst.training import loop
+from dst.training import checkpoint
 from tests.test_train import small
 config = small(execution={execution!r})
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)

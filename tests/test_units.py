@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dst import units
+from dst.methods import units
 
 F = np.array([0.0, 1.0, 2.0, 5.0])
 G = np.array([3.0, 0.0, 1.0, 2.0, 0.5])

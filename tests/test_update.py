@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import dst
-from dst.moments import recognise
+from dst.connections.moments import recognise
 from dst.update import parallel, replicate, update_body
 from tests.tiny import SGD, batch, kernels, loss, setup
 

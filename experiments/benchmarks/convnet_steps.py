@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import dst
-from dst.arena import Arena
 from dst.config import default
+from dst.connections.arena import Arena
 from dst.models import MLP, VGG16, ResNet
-from dst.steps import optimizer
+from dst.training.steps import optimizer
 from experiments.benchmarks import measure
 from experiments.benchmarks.step import plain_step
 

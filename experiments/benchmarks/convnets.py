@@ -8,7 +8,7 @@
 Batch 128, float32, two threads, random images, SGD with momentum and weight decay. Every variant,
 under every malloc, has a process of its own and is asked for one step at a time, in turns of
 random order, each after one that is not counted; then for rewires, the same way. "kept" is malloc
-as `dst.main` sets it, which keeps what is freed: `dst.runtime`.
+as `dst.main` sets it, which keeps what is freed: `dst.training.runtime`.
 
 First steps and rewires hold tracing, compiling and running. JAX's compilation cache lies in a
 folder that is made for the run: the first malloc finds it empty ("cold"), the second one full.
@@ -41,7 +41,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dst import runtime
+from dst.training import runtime
 from experiments.benchmarks import convnet_steps, convnet_table, measure, turns
 from experiments.benchmarks.convnet_steps import Case, program_of
 

@@ -1,4 +1,4 @@
-"""Single 3x3 convolutions on this CPU: XLA's against `dst.convolution`, and inside a loop.
+"""Single 3x3 convolutions on this CPU: XLA's against `dst.layers.convolution`, and inside a loop.
 
     python experiments/benchmarks/convolution.py [--rounds=9]
 
@@ -19,9 +19,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from dst import log
-from dst.convolution import convolve
+from dst.layers.convolution import convolve
 from dst.network import Layer
+from dst.training import log
 
 # (channels, pixels) of the layers of ResNet-56 and VGG-16 / 4, batch 128.
 SHAPES = ((16, 32), (32, 16), (64, 8), (128, 4), (128, 2))

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst import kernels
-from dst.arena import Arena, Part, fill, lay_out
-from dst.masks import random_positions
+from dst.connections.arena import Arena, Part, fill, lay_out
+from dst.connections.backends import cpp as kernels
+from dst.connections.masks import random_positions
+from dst.connections.products import product
 from dst.network import Layer, Network
-from dst.products import product
 from experiments.benchmarks import measure
 
 Array = jax.Array

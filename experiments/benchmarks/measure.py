@@ -28,9 +28,9 @@ from typing import Any
 
 import jax
 
-from dst import log
 from dst.rewire import rewire_body
-from dst.steps import classification
+from dst.training import log
+from dst.training.steps import classification
 from dst.update import parallel, update_body
 
 MIB = 2**20
@@ -41,7 +41,7 @@ AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # malloc gives every larger buffe
 
 # ---------------------------------------------------------------------------------- what is called
 def program(net: Any, tx: Any, method: Any, what: str, shapes: Any) -> Any:
-    """The compiled "step" or "rewire" of a classifier; as in `dst.train`, the state is given away.
+    """The compiled "step" or "rewire" of a classifier; as in a run, the state is given away.
 
     `shapes` are those of state and batch, the batch (1, B, ...).
     """

@@ -25,8 +25,8 @@ import numpy as np
 import optax
 
 import dst
-from dst import kernels
-from dst.masks import active_count
+from dst.connections.backends import cpp as kernels
+from dst.connections.masks import active_count
 from dst.models import MLP
 from experiments.benchmarks import measure
 
@@ -86,7 +86,7 @@ def shapes_of(task: Task, variant: str) -> Any:
 
 
 def compiled(task: Task, variant: str, what: str) -> Any:
-    """The compiled "step" or "rewire"; like those of `dst.train`, it is given the state away."""
+    """The compiled "step" or "rewire"; as in a run, it is given the state away."""
     available = kernels.available() and variant == "kernels"
     with mock.patch.object(kernels, "available", lambda: available):  # asked while it is traced
         return measure.program(*tools(task, variant), what, shapes_of(task, variant))

@@ -66,7 +66,7 @@ def sparse(size: int, density: float) -> Sparse:
 
 
 def ours(layer: Sparse, compiled: bool = True, transposed: bool = False) -> Peer:
-    """`dst.products` in one of its two tiers, jitted, with values and momentum donated.
+    """`dst.connections.products` in one of its two tiers, jitted, with values and momentum donated.
 
     Activations are (batch, features) as a Flax model has them, or left as the product wants them.
     """
@@ -78,9 +78,9 @@ def ours(layer: Sparse, compiled: bool = True, transposed: bool = False) -> Peer
     import jax.numpy as jnp
 
     import dst
-    from dst import kernels
-    from dst.arena import fill, lay_out, positions
-    from dst.products import product
+    from dst.connections.arena import fill, lay_out, positions
+    from dst.connections.backends import cpp as kernels
+    from dst.connections.products import product
 
     if compiled and not kernels.available():
         raise ImportError(kernels.why_not())

@@ -1,4 +1,4 @@
-"""Where a step's time goes: masked against dense, XLA's convolutions against `dst.convolution`.
+"""Where a step's time goes: masked against dense, XLA's convolutions against dst's.
 
     python experiments/benchmarks/step.py vgg|resnet [--rounds=7] [--sparsity=0.98]
 
@@ -6,8 +6,8 @@ Every variant runs once a round, interleaved, on random images of CIFAR-100's sh
 appended to experiments/results/step.jsonl are medians in seconds and their ratios.
 
   plain       Flax and optax alone: forward, backward, SGD with momentum
-  plain_fast  the same with dst.convolution
-  masked      `dst` at the sparsity asked for, with dst.convolution
+  plain_fast  the same with dst.layers.convolution
+  masked      `dst` at the sparsity asked for, with dst.layers.convolution
   in_loop     masked, inside a while loop of one step (why a CPU gets one step a dispatch)
   rewire      one rewire of GSE-GraBo, which comes every 1000 steps
 """
@@ -28,9 +28,10 @@ import numpy as np
 import optax
 
 import dst
-from dst import log, models, steps
+from dst import models
 from dst.config import default
-from dst.convolution import faster
+from dst.layers.convolution import faster
+from dst.training import log, steps
 from dst.update import parallel, replicate, update_body
 
 BATCH, CLASSES = 128, 100

@@ -1,0 +1,73 @@
+"""What a user keeps beside the state, such as an average of the parameters, along a rewire."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dst.config import ConfigError
+from dst.connections.arena import VALUES, Arena, Connections, rows_of
+from dst.connections.moments import recognise
+from dst.connections.select import locate
+from dst.state import SparseState
+
+Array = jax.Array
+
+
+def carry(tree: Any, before: SparseState, after: SparseState) -> Any:
+    """`tree` after the rewire from the state `before` it to that `after` it.
+
+    `tree` is any pytree that holds arrays at the paths of `state.params`, such as an average of it
+    or the state of `optax.ema`. What belongs to a connection stays with it, that of a dropped one
+    is forgotten and that of a grown one is 0, so at most K entries are not; all else is as it was.
+    In sparse execution, where a rewire moves connections within the vector of values, nothing else
+    keeps them together. O(K) memory. `before` must still be there: make_rewire(..., donate=False).
+    Errors: states of two networks, a tree that holds nothing of a connection, or other shapes.
+    """
+    if _description(before.masks) != _description(after.masks):
+        raise ConfigError("before and after must be the states of one network, around a rewire.")
+    own = {VALUES: before.masks.column} if isinstance(before.masks, Arena) else before.masks
+    try:
+        owners = recognise(tree, before.params, own)
+    except ConfigError:
+        owners = []
+    if not any(owners):
+        raise ConfigError("tree must hold arrays at the paths of state.params and in their shapes.")
+    leaves, structure = jax.tree.flatten(tree)
+    leaves = _carried(leaves, before.masks, after.masks, tuple(owners))
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _description(connections: Connections) -> Any:
+    """What all states of a network share."""
+    if isinstance(connections, Arena):
+        return connections.parts, connections.column.shape
+    return {path: mask.shape for path, mask in connections.items()}
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _carried(
+    leaves: list[Array], before: Connections, after: Connections, owners: tuple[str | None, ...]
+) -> list[Array]:
+    if isinstance(before, Arena) and isinstance(after, Arena):
+        source = sources(before, after)
+        kept = {VALUES: source >= 0}
+        place = lambda leaf: leaf[jnp.maximum(source, 0)]  # noqa: E731
+    elif isinstance(before, dict) and isinstance(after, dict):
+        kept = {path: mask & after[path] for path, mask in before.items()}
+        place = lambda leaf: leaf  # noqa: E731
+    return [
+        leaf if path is None else jnp.where(kept[path], place(leaf), jnp.zeros((), leaf.dtype))
+        for leaf, path in zip(leaves, owners, strict=True)
+    ]
+
+
+def sources(before: Arena, after: Arena) -> Array:
+    """Where each connection of `after` stood in `before`: int32 (K,), -1 if it did not exist."""
+    row = rows_of(after.pointer, after.column.size)
+    longest = max(part.block for part in before.parts)
+    at, existed = locate(before, longest, row, after.column)
+    return jnp.where(existed, at, -1)

@@ -1,0 +1,271 @@
+"""Runs a model on its connections: masked kernels among the parameters, or an arena.
+
+In sparse execution an interceptor replaces the product of every sparse `nn.Dense` and `nn.Conv` of
+an unmodified model, and their kernels are never created, not even by `init`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from flax.core import tracers
+
+from dst.connections.arena import VALUES, Arena, Connections, Part
+from dst.connections.fusion import fused, plainly, region
+from dst.connections.normalization import batch_norm, fits
+from dst.connections.products import (
+    add_bias,
+    add_channel_bias,
+    compiled,
+    convolution,
+    covered,
+    expand,
+    frozen_convolution,
+    frozen_product,
+    product,
+    tier,
+)
+from dst.layers.convolution import convolve, faster
+from dst.network import Network, is_foreign, is_layer, layer_path, skipped
+from dst.sown import without
+
+Array = jax.Array
+
+
+def forward(
+    net: Network,
+    params: Any,
+    connections: Connections,
+    collections: Mapping,
+    /,
+    *args,
+    frozen: bool = False,
+    seen: Callable[[int], Any] = lambda count: None,
+    **kwargs,
+) -> Any:
+    """`net.model.apply` on either kind of connections; `collections` are all but "params".
+
+    `frozen` says that no gradient of the sparse layers' values will be asked for; `seen` is told
+    how many convolutions were fused.
+    """
+
+    def run(mark, params, connections, collections, args, kwargs):
+        interceptor = faster
+        if isinstance(connections, Arena):
+            interceptor = sparse_layers(connections, params[VALUES]["kernel"], frozen, mark)
+        variables = variables_of(params, connections, collections)
+        with nn.intercept_methods(interceptor):
+            return net.model.apply(variables, *args, **kwargs)
+
+    given = params, connections, collections, args, kwargs
+    if not fusible(net, params, connections):
+        return run(plainly, *given)
+    found, count = fused(functools.partial(run, region), *given)
+    seen(count)
+    return found
+
+
+def fusible(net: Network, params: Any, connections: Connections) -> bool:
+    """Whether kernels may compute more than one operation of this model at once."""
+    if not net.fuse or not isinstance(connections, Arena):
+        return False
+    maps = any(part.layer.kind == "conv" for part in connections.parts)
+    values = params[VALUES]["kernel"]
+    # Elsewhere than within a trace, the model would be traced again in every call.
+    return maps and compiled(values) and isinstance(values, jax.core.Tracer)
+
+
+def variables_of(params: Any, connections: Connections, collections: Mapping) -> dict[str, Any]:
+    """The model's variables; an arena travels as a collection, of which each layer has a copy.
+
+    Not by closure: so `nn.remat` sees it as an argument.
+    """
+    if not isinstance(connections, Arena):
+        return {"params": params, **collections}
+    rest = {name: leaf for name, leaf in params.items() if name != VALUES}
+    arrays = {
+        "values": params[VALUES]["kernel"],
+        "column": connections.column,
+        "pointer": connections.pointer,
+    }
+    copies = {part.layer.path: arrays for part in connections.parts}
+    flat = {(*path.split("/"), name): a for path, c in copies.items() for name, a in c.items()}
+    return {"params": rest, **collections, VALUES: traverse_util.unflatten_dict(flat)}
+
+
+def part_of(module: nn.Module, parts: Mapping[str, Part]) -> Part | None:
+    """The part of the arena that this module is to multiply with; None if it has none.
+
+    As a layer has that is applied to variables of its own, whatever it is called.
+    """
+    part = parts.get(layer_path(module)) if is_layer(module) else None
+    return part if part and module.has_variable(VALUES, "values") else None
+
+
+def sparse_layers(arena: Arena, values: Array, frozen: bool, mark: Callable = plainly) -> Callable:
+    """Interceptor: y = W h + b of the sparse layers, from the arena; `mark` is `region` to fuse."""
+    parts = {part.layer.path: part for part in arena.parts}
+    maps = any(part.layer.kind == "conv" for part in arena.parts)
+    passed, outside = [values], tracers.current_trace()
+
+    def interceptor(next_fun, args, kwargs, context):
+        module = context.module
+        part = part_of(module, parts) if context.method_name == "__call__" else None
+        if part is None:
+            if context.method_name == "__call__" and isinstance(module, nn.BatchNorm):
+                x, others = (args[0], args[1:]) if args else (kwargs["x"], ())
+                if maps and compiled(values) and fits(module, x, others, kwargs):
+                    return batch_norm(module, x, mark)
+            return next_fun(*args, **kwargs)
+        bias = module.get_variable("params", "bias") if module.use_bias else None
+        h, _, bias = module.promote_dtype(
+            args[0] if args else kwargs["inputs"], values[:0], bias, dtype=module.dtype
+        )
+        # One chain of values through all layers, see `products`. A trace of its own (nn.remat)
+        # would leak them: such a layer begins a chain, at the cost of K more numbers.
+        chained = not frozen and tracers.current_trace() == outside
+        y, left = linear(part, module, h, bias, passed[0] if chained else None, frozen, mark)
+        if chained:
+            passed[0] = left
+        return y
+
+    return interceptor
+
+
+def linear(
+    part: Part,
+    module: nn.Module,
+    h: Array,
+    bias: Array | None = None,
+    values: Array | None = None,
+    frozen: bool = False,
+    mark: Callable = plainly,
+) -> tuple[Array, Array]:
+    """W h + b of a sparse layer and its `values`, by default those in the module's collection.
+
+    Shapes: (..., n_in) -> (..., n_out) in h's dtype, or the convolution of (..., H, W, n_in).
+    """
+    own: dict[str, Any] = {
+        name: module.get_variable(VALUES, name) for name in ("values", "column", "pointer")
+    }
+    values = own["values"] if values is None else values
+    arena = Arena(own["column"], own["pointer"], ())
+    if part.layer.kind == "dense":
+        columns = h.reshape(-1, h.shape[-1]).T.astype(values.dtype)
+        if frozen:
+            y = frozen_product(part, values, arena, columns)
+        else:
+            y, values = product(part, values, arena, columns)
+        if bias is not None:
+            y = add_bias(y, bias.astype(y.dtype))
+        return y.T.reshape(*h.shape[:-1], part.n_out).astype(h.dtype), values
+    images = h.reshape(-1, *h.shape[-3:])
+    if covered(part.layer, values, h):
+        body = frozen_convolution if frozen else convolution
+
+        def run(values, column, pointer, x):
+            return body(part, values, Arena(column, pointer, ()), x)
+
+        what = "convolution", part, frozen
+        found = mark(what, run, values, arena.column, arena.pointer, images)
+        y, values = (found, values) if frozen else found
+        if bias is not None:
+            y = mark(("bias",), add_channel_bias, y, bias)
+    else:
+        y, values = _expanded(part, values, arena, images, frozen)
+        if bias is not None:
+            y += bias.reshape(1, 1, 1, -1)
+    return y.reshape(*h.shape[:-3], *y.shape[1:]), values
+
+
+def _expanded(part: Part, values: Array, arena: Arena, images: Array, frozen: bool):
+    """The convolution by its dense kernel, and `values`."""
+    kernel, values = expand(part, values, arena)
+    if frozen:
+        kernel = jax.lax.stop_gradient(kernel)
+    kernel = kernel.astype(images.dtype)
+    if jax.default_backend() == "cpu":
+        return convolve(part.layer, images, kernel), values
+    return part.layer.convolve(images, kernel), values
+
+
+def described(net: Network, params: Any, connections: Connections, collections: Mapping, **kwargs):
+    """How the layers of a sparse network run here, in words, for the log.
+
+    `kwargs` of the model are those of training, as train=True.
+    """
+    expanded = expanded_convolutions(net)
+    words = [tier()]
+    if any(expanded.values()):
+        words += [f"{sum(expanded.values())} of {len(expanded)} convolutions are expanded"]
+    may_fuse = net.fuse and not all(expanded.values())  # else the model need not be traced for it
+    if may_fuse and (fused := fused_convolutions(net, params, connections, collections, **kwargs)):
+        words += [
+            f"{fused} of {len(expanded)} convolutions are fused with their batch normalisation"
+        ]
+    return "; ".join(words)
+
+
+def fused_convolutions(net: Network, params, connections, collections, **kwargs) -> int:
+    """How many calls of convolutions run in one kernel with the batch normalisation behind them."""
+    fused: list[int] = []
+
+    def run(params, connections, collections, *args):
+        own = {"rngs": {"dropout": jax.random.key(0)}, "mutable": list(collections)}
+        options: dict[str, Any] = {**net.kwargs, **kwargs, **own}
+        return forward(net, params, connections, collections, *args, seen=fused.append, **options)
+
+    jax.eval_shape(run, params, connections, collections, *net.args)
+    return sum(fused)
+
+
+def expanded_convolutions(net: Network) -> dict[str, bool]:
+    """Of each convolution, whether its dense kernel is made for the moment of the call."""
+    expanded: dict[str, bool] = {}  # of the convolutions, by path
+
+    def record(next_fun, args, kwargs, context):
+        module = context.module
+        layer = net.layers.get(layer_path(module)) if is_layer(module) else None
+        if context.method_name != "__call__" or layer is None:
+            return next_fun(*args, **kwargs)
+        h = args[0] if args else kwargs["inputs"]
+        y = skipped(layer, module, h)
+        if layer.kind == "conv":
+            x = jax.ShapeDtypeStruct(jnp.shape(h), y.dtype)
+            expanded[layer.path] = not covered(layer, jax.ShapeDtypeStruct((), jnp.float32), x)
+        return y
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda *a: net.model.init(jax.random.key(0), *a, **net.kwargs), *net.args)
+    return expanded
+
+
+def init_rest(net: Network, key: Array) -> dict[str, Any]:
+    """The model's variables from its own initialisers, without sparse kernels and what is sown."""
+
+    def without_kernels(next_fun, args, kwargs, context):
+        module = context.module
+        layer = net.layers.get(layer_path(module)) if is_layer(module) else None
+        if context.method_name != "__call__" or layer is None or is_foreign(module):
+            return next_fun(*args, **kwargs)
+        scope = module.scope
+        if module.use_bias and not scope.has_variable("params", "bias"):
+            scope.make_rng("params")  # the kernel's: the bias is drawn as if there had been one
+            scope.param("bias", module.bias_init, (layer.n_out,), module.param_dtype)
+        return skipped(layer, module, args[0] if args else kwargs["inputs"])
+
+    @jax.jit
+    def init(key):
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), net.args)
+        with nn.intercept_methods(without_kernels):
+            variables = flax.core.unfreeze(net.model.init(key, *zeros, **net.kwargs))
+        return without(nn.meta.unbox(variables), net.sown)
+
+    return {"params": {}, **init(key)}

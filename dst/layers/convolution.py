@@ -1,0 +1,102 @@
+"""Convolutions for XLA's CPU backend, where two cases are far from the arithmetic they cost.
+
+The weight gradient is written there as a convolution whose window is the whole image, behind
+transposes; and a convolution over 2x2 pixels takes 10 times its arithmetic. Both are products of
+matrices, and `faster` runs every plain 2-D `nn.Conv` of an unmodified model so. The results are
+those of `lax.conv_general_dilated` but for the order of the sums.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dst.layers.obstacle import obstacle
+from dst.network import Layer, describe
+
+Array = jax.Array
+
+# Output pixels up to which a sum of k x k matrix products beats XLA's convolution on a CPU.
+FEW_PIXELS = 4
+
+
+def faster(next_fun, args, kwargs, context):
+    """Interceptor for `nn.intercept_methods`: `convolve` in the place of XLA's on a CPU."""
+    module = context.module
+    plain = isinstance(module, nn.Conv) and context.method_name == "__call__"
+    if not plain or jax.default_backend() != "cpu" or obstacle(module):
+        return next_fun(*args, **kwargs)
+    x = args[0] if args else kwargs["inputs"]
+    layer = describe(module, x)
+    kernel = module.get_variable("params", "kernel")
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    x, kernel, bias = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
+    y = convolve(layer, x.reshape(-1, *x.shape[-3:]), kernel)
+    y = y.reshape(*x.shape[:-3], *y.shape[1:])
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def convolve(layer: Layer, x: Array, kernel: Array) -> Array:
+    """`layer.convolve` with dW as one dot: (B, H, W, I), (k, l, I, O) -> (B, H', W', O)."""
+    return _product(layer, kernel, x)
+
+
+def _product(layer: Layer, kernel: Array, x: Array) -> Array:
+    out = jax.eval_shape(layer.convolve, x, kernel)
+    if out.shape[1] * out.shape[2] > FEW_PIXELS:
+        return layer.convolve(x, kernel)
+    y = jnp.zeros(out.shape, out.dtype)
+    for a, row in enumerate(_shifted(layer, x, 0, out.shape[1])):
+        for b, pixel in enumerate(_shifted(layer, row, 1, out.shape[2])):
+            tap = kernel[a, b]
+            y += jnp.einsum("bhwi,io->bhwo", pixel, tap, precision=layer.precision)
+    return y
+
+
+def _shifted(layer: Layer, x: Array, axis: int, size: int) -> list[Array]:
+    """What each tap of the kernel along `axis` (0 or 1) reads, `size` pixels long there."""
+    pad, stride, step = layer.pads(x.shape[1:3])[axis], layer.strides[axis], layer.dilation[axis]
+    x = jnp.pad(x, [pad if i == axis + 1 else (0, 0) for i in range(4)])
+    reach = (size - 1) * stride + 1
+    starts = [tap * step for tap in range(layer.shape[axis])]
+    return [lax.slice_in_dim(x, t, t + reach, stride, axis=axis + 1) for t in starts]
+
+
+def _weight_gradient(layer: Layer, x: Array, delta: Array) -> Array:
+    """dW[a, b, i, o]: the columns' shifts go to x, the rows' to delta, and one dot sums them."""
+    height, strides = x.shape[1], layer.strides
+    (top, _), _ = layer.pads(x.shape[1:3])
+    columns = _shifted(layer, x, 1, delta.shape[2])
+    last = (delta.shape[1] - 1) * strides[0]
+    rows = []
+    for tap in range(layer.shape[0]):
+        start = tap * layer.dilation[0] - top
+        pad = (start, height - 1 - last - start, strides[0] - 1)
+        rows.append(lax.pad(delta, jnp.zeros((), delta.dtype), [(0, 0, 0), pad, *[(0, 0, 0)] * 2]))
+    left, right = (
+        jnp.concatenate(p, -1).reshape(-1, len(p) * p[0].shape[-1]) for p in (columns, rows)
+    )
+    # Without the barrier XLA builds both operands anew in every tile of the dot.
+    left, right = lax.optimization_barrier((left, right))
+    product = lax.dot_general(left, right, (((0,), (0,)), ((), ())), precision=layer.precision)
+    k, l, n_in, n_out = layer.shape
+    return product.reshape(l, n_in, k, n_out).transpose(2, 0, 1, 3)
+
+
+def _forward(layer, x, kernel):
+    return _product(layer, kernel, x), (x, kernel)
+
+
+def _backward(layer, saved, delta):
+    x, kernel = saved
+    # The product is linear in x, so its transpose is exact; XLA's own is fast there.
+    (dx,) = jax.linear_transpose(functools.partial(_product, layer, kernel), x)(delta)
+    return dx, _weight_gradient(layer, x, delta)
+
+
+convolve.defvjp(_forward, _backward)

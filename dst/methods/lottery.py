@@ -1,0 +1,65 @@
+"""Lottery tickets (Frankle and Carbin, 2019): train, keep the largest, start over, several times.
+
+A round trains theta_0 x masks for the whole schedule; `winning` chooses the next round's masks from
+the trained weights and `ticket` takes them back to theta_0, which the key gives again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from dst.config import ConfigError
+from dst.connections.masks import strongest
+from dst.methods.before import start_with
+from dst.methods.table import Method
+from dst.network import Network
+from dst.state import SparseState, count_of, init_state, kernels_of
+
+LEVELS = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98)  # section 4.1
+
+
+def levels(sparsity: float, among: Sequence[float] = LEVELS) -> tuple[float, ...]:
+    """Sparsity of each round: the levels below `sparsity`, by default the paper's, and itself."""
+    return (*(level for level in among if level < sparsity), sparsity)
+
+
+def winning(net: Network, state: SparseState, sparsity: float) -> dict[str, np.ndarray]:
+    """Masks of the largest |w| among the trained, K of them: global, by stable rank.
+
+    Errors: sparse execution, fewer connections than K or K = 0, weights that are not finite.
+    """
+    if net.execution == "sparse":
+        raise ConfigError(
+            "execution is 'sparse', but 'lottery' begins with all connections; it must be 'masked'."
+        )
+    K = count_of(net, sparsity)
+    active = sum(np.count_nonzero(mask) for mask in state.masks.values())
+    if active < K:
+        raise ConfigError(
+            f"sparsity is {sparsity}, which keeps {K} connections, but the state has {active}; a "
+            "round must be sparser than the one before."
+        )
+    kernels = kernels_of(state.params, state.masks)
+    magnitude = {path: np.abs(kernel) for path, kernel in kernels.items()}
+    return strongest(magnitude, state.masks, K, "the weight")
+
+
+def ticket(
+    net: Network,
+    tx: optax.GradientTransformation,
+    method: Method,
+    key: jax.Array,
+    masks: Mapping[str, Any] | None = None,
+) -> SparseState:
+    """The state at the start of a round: theta_0 of this key on the masks, all else new.
+
+    Without masks it is that of the first round, with all connections, as `method` starts. Weights
+    that stay are those of `init_state` bit for bit.
+    """
+    state = init_state(net, tx, method, key)
+    return start_with(tx, state, state.masks if masks is None else masks)

@@ -1,0 +1,94 @@
+"""What is known of a run's rewires beforehand: when, how many are dropped, grown and sampled."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dst.connections.masks import active_count
+from dst.methods.schedules import (
+    cosine_drop_fraction,
+    cubic_sparsity,
+    events,
+    largest_remainder,
+    portion,
+)
+from dst.methods.table import Method
+from dst.network import Network
+from dst.state import first_counts
+
+
+class Plan(NamedTuple):
+    """Exact integers of each event; the last one is at `end`, where nothing grows any more."""
+
+    steps: np.ndarray  # (E,), before whose update the network is rewired
+    active: np.ndarray  # (E,), connections of the network afterwards
+    grown: np.ndarray  # (E,), |G_t|; |P_t| is that and what the network loses
+    subset: np.ndarray  # (E, L), |S_{l,t}|, or the most that it can be
+
+    def event(self, step: jax.Array) -> jax.Array:
+        """The event of a step, or the last one before it: int32 (), traced."""
+        index = jnp.searchsorted(jnp.asarray(self.steps), step, side="right") - 1
+        return jnp.maximum(index, 0)
+
+
+def plan(net: Network, method: Method) -> Plan:
+    """|G_t| = floor(p_t |A_t|), |S_t| = ceil(c |G_t|) split over layers in proportion to |W_l|.
+
+    |A_t| is K, or N - round(N s_t) on Zhu and Gupta's cubic ramp, K at `end` to the connection.
+    """
+    N, s = net.possible, method.sparsity
+    sizes = [layer.size for layer in net.layers.values()]
+    steps = [*events(method.every, method.end), method.end]
+    first = method.first_sparsity
+    density = [cubic_sparsity(t, method.end, first, s) if method.ramps else s for t in steps]
+    active = [active_count(N, s_t) for s_t in density]
+    inactive = N - np.array([active_count(N, first), *active[:-1]])
+    grown = np.zeros(len(steps), np.int64)
+    if method.score:
+        fractions = [
+            cosine_drop_fraction(t, method.end, method.drop_fraction, method.last_fraction)
+            for t in steps
+        ]
+        wanted = [portion(p, A) for p, A in zip(fractions, active, strict=True)]
+        grown = np.minimum(wanted, inactive)
+    if method.subset_of == "active":
+        most = np.ceil(method.subset_ratio * np.minimum(sizes, max(active))).astype(np.int64)
+        subset = np.tile(np.minimum(most, sizes), (len(steps), 1))
+    else:
+        totals = np.ceil(method.subset_ratio * grown).astype(np.int64)
+        subset = np.stack([largest_remainder(int(total), sizes, sizes) for total in totals])
+    return Plan(*(np.asarray(a, np.int32) for a in (steps, active, grown, subset)))
+
+
+def asked(method: Method, subset: jax.Array, active: jax.Array) -> jax.Array:
+    """|S_l| of each layer: the plan's, or c |A_l|, rounded up. Shapes: int32 (L,), (L,) -> (L,)."""
+    if method.subset_of == "dropped":
+        return subset
+    wanted = jnp.ceil(method.subset_ratio * active.astype(jnp.float32)).astype(jnp.int32)
+    return jnp.minimum(wanted, subset)
+
+
+def floors(net: Network, method: Method) -> np.ndarray:
+    """Connections that the drop leaves each layer, int64 (L,): floor(floor x its first count)."""
+    first = np.array([*first_counts(net, method).values()], np.int64)
+    # Rounded: 0.29 * 100 is 28.999999999999996 in float64.
+    return np.floor(np.round(method.floor * first, 6)).astype(np.int64)
+
+
+def due(method: Method, step: int) -> bool:
+    """Whether `method` rewires before this step's update: at every, 2 every, ... below the end.
+
+    A ramp has its last rewire at the end itself.
+    """
+    at_end = method.ramps and step == method.end
+    return method.moves and (at_end or step in events(method.every, method.end))
+
+
+def until_due(method: Method, step: int) -> int:
+    """Steps to the next one that may be due, at least 1."""
+    next_one = step - step % method.every + method.every
+    return min(next_one, method.end if step < method.end else next_one) - step

@@ -1,0 +1,330 @@
+"""What the layers of any Linen model see: |h| and |delta| sums, and gradients on a subset S.
+
+`nn.intercept_methods` wraps every `nn.Dense` and `nn.Conv` of an unmodified model. Each hands its
+output through a `custom_vjp` identity that takes zero-valued probes, and what is wanted comes back
+as the probes' cotangents: sums of |h| and |delta| for the marginals of Eq. 7, dL/dw for the
+connections in S. Parameters are not differentiated, so no dense weight gradient ever exists.
+
+Probes travel as a variable collection, not by closure: so `nn.remat` sees them as arguments, and a
+layer that is called several times sums its calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax import lax
+
+from dst.config import ConfigError
+from dst.connections.backends import cpp as kernels
+from dst.connections.backends import maps
+from dst.connections.fusion import plainly, region
+from dst.connections.products import covered
+from dst.network import Layer, is_foreign, is_layer, layer_path, skipped
+
+Array = jax.Array
+Tree = Mapping[str, Any]
+
+# Products of one chunk of candidates: 2^20 float32 (4 MiB) keeps them in cache, whatever |S| is.
+CHUNK_ELEMENTS = 2**20
+
+MARK = "called"  # the probe that tells a layer of the model from others of the same path
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tap_sums(total: Callable, h: Array, y: Array, f: Array, g: Array) -> Array:
+    """y, unchanged; cotangents of f (n_in,) and g (n_out,) are sums of |h| and |delta| (Eq. 7)."""
+    return y
+
+
+def total_of(x: Array, dtype: Any) -> Array:
+    """The sum of |x| of each unit: (..., n) -> (n,)."""
+    return jnp.sum(jnp.abs(x), axis=tuple(range(x.ndim - 1)), dtype=dtype)
+
+
+def total_of_maps(x: Array, dtype: Any) -> Array:
+    """`total_of` of maps that lie in memory as the kernels have them: XLA would transpose them."""
+    return maps.magnitudes(kernels.Read(x.reshape(-1, *x.shape[-3:]))).astype(dtype)
+
+
+def then(delta: Array, found: Array) -> Array:
+    """delta on its way back, once `found` of it is there: else XLA may hold that of every layer."""
+    return kernels.after(delta.reshape(-1, *delta.shape[-3:]), found).reshape(delta.shape)
+
+
+def _sums_forward(total, h, y, f, g):
+    return y, (total(h, f.dtype), jnp.zeros_like(g))
+
+
+def _sums_backward(total, residual, delta):
+    f, g = residual
+    summed = total(delta, g.dtype)
+    return None, then(delta, summed) if total is total_of_maps else delta, f, summed
+
+
+tap_sums.defvjp(_sums_forward, _sums_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tap_subset(layer: Layer, h: Array, y: Array, c: Array, subset: Array) -> Array:
+    """y, unchanged; the cotangent of c (|S_l|,) is dL/dw at the flat kernel positions `subset`."""
+    return y
+
+
+def _subset_forward(layer, h, y, c, subset):
+    return y, (h, subset)
+
+
+def _subset_backward(layer, residual, delta):
+    h, subset = residual
+    column, output = jnp.divmod(subset, layer.n_out)
+    if layer.kind == "conv" and covered(layer, delta, h):
+        x, d = (kernels.Read(a.reshape(-1, *a.shape[-3:])) for a in (h, delta))
+        G = kernels.convolve_gradient_on(column, output, x, d, layer)
+        return None, then(delta, G), G, None
+    gradient = gradient_at(layer, *by_unit(layer, h, delta), column, output)
+    return None, delta, gradient.astype(jnp.float32), None
+
+
+tap_subset.defvjp(_subset_forward, _subset_backward)
+
+
+def by_unit(layer: Layer, h: Array, delta: Array) -> tuple[Array, Array]:
+    """h (padded as for the convolution) and delta, units first: what `gradient_at` reads."""
+    if layer.kind == "dense":
+        return h.reshape(-1, h.shape[-1]).T, delta.reshape(-1, delta.shape[-1]).T
+    h = h.reshape(-1, *h.shape[-3:])
+    h = jnp.pad(h, ((0, 0), *layer.pads(h.shape[1:3]), (0, 0)))
+    return h.transpose(3, 0, 1, 2), delta.reshape(-1, *delta.shape[-3:]).transpose(3, 0, 1, 2)
+
+
+def gradient_at(layer: Layer, h: Array, delta: Array, column: Array, output: Array) -> Array:
+    """dL/dw of the connections (column, output) of a layer; h and delta from `by_unit`.
+
+    Column is (kx, ky, i) flattened: int32 (n,), (n,) -> float (n,), at least float32.
+    """
+    gradient = dense_gradient_at if layer.kind == "dense" else conv_gradient_at
+    return gradient(layer, h, delta, column, output)
+
+
+def dense_gradient_at(layer: Layer, h: Array, delta: Array, column: Array, output: Array) -> Array:
+    """sum_b h[i, b] delta[o, b]. Shapes: (n_in, B), (n_out, B) -> (n,)."""
+    dtype = jnp.promote_types(h.dtype, jnp.float32)
+
+    def one(position):
+        return jnp.sum(h[position[0]] * delta[position[1]], dtype=dtype)
+
+    return lax.map(one, (column, output), batch_size=_chunk(h.shape[1], column.size))
+
+
+def conv_gradient_at(layer: Layer, h: Array, delta: Array, column: Array, output: Array) -> Array:
+    """sum_bxy h[i, b, x s + kx d, y s + ky d] delta[o, b, x, y]. (n_in, B, H, W) -> (n,)."""
+    dtype = jnp.promote_types(h.dtype, jnp.float32)
+    kx, ky, i = jnp.unravel_index(column, layer.shape[:3])
+
+    def one(position):
+        *corner, o = position
+        return jnp.sum(window(layer, h, delta, corner, 1)[0] * delta[o], dtype=dtype)
+
+    chunk = _chunk(math.prod(delta.shape[1:]), column.size)
+    return lax.map(one, (kx, ky, i, output), batch_size=chunk)
+
+
+def window(layer: Layer, h: Array, delta: Array, corner: Sequence[Array], channels: int) -> Array:
+    """What a kernel position reads for every output position: h[i:, b, x s + kx d, y s + ky d].
+
+    Corner (kx, ky, i) int32; h and delta from `by_unit` -> (channels, B, H', W').
+    """
+    (sx, sy), (dx, dy) = layer.strides, layer.dilation
+    batch, out_x, out_y = delta.shape[1:]
+    kx, ky, i = corner
+    size = (channels, batch, (out_x - 1) * sx + 1, (out_y - 1) * sy + 1)
+    return lax.dynamic_slice(h, (i, jnp.zeros_like(i), kx * dx, ky * dy), size)[..., ::sx, ::sy]
+
+
+def _chunk(elements: int, candidates: int) -> int:
+    return max(1, min(candidates, CHUNK_ELEMENTS // elements))
+
+
+def intercepted(layers: Mapping[str, Layer], tap: Callable[..., Array]):
+    """A context in which the output y of each sparse layer is tap(layer, module, h, y).
+
+    A layer of the same path that is applied to variables of its own has no probes: tap returns y.
+    """
+
+    def interceptor(next_fun, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__" or not is_layer(module):
+            return next_fun(*args, **kwargs)
+        layer = layers.get(layer_path(module))
+        if layer is None:
+            return next_fun(*args, **kwargs)
+        h = jnp.asarray(args[0] if args else kwargs["inputs"])
+        return tap(layer, module, h, next_fun(*args, **kwargs))
+
+    return nn.intercept_methods(interceptor)
+
+
+def nested(by_path: Mapping[str, Any]) -> Tree:
+    """{'a/b': leaf} -> {'a': {'b': leaf}}, the form of a Linen variable collection."""
+    return traverse_util.unflatten_dict(dict(by_path), sep="/")
+
+
+def marginals(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], dtype=jnp.float32):
+    """Sums of |h| (n_in,) and |delta| (n_out,) of every layer: {path: (f, g)}, not normalised.
+
+    `loss(collections)` runs the model with these extra variable collections.
+    """
+
+    def tap(layer, module, h, y):
+        if not module.has_variable("probes", "marginals"):
+            return y
+        probe = module.get_variable("probes", "marginals")
+        return tap_sums(total_of, h, y, probe["f"], probe["g"])
+
+    zeros = {
+        path: {"f": jnp.zeros(layer.n_in, dtype), "g": jnp.zeros(layer.n_out, dtype)}
+        for path, layer in layers.items()
+    }
+
+    def probed(probes):
+        collection = nested({path: {"marginals": p} for path, p in probes.items()})
+        with intercepted(layers, tap):
+            return loss({"probes": collection})
+
+    cotangents = jax.grad(probed)(zeros)
+    return {path: (c["f"], c["g"]) for path, c in cotangents.items()}
+
+
+def gradient_on(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], S: Mapping[str, Array]):
+    """dL/dw on the subset: {path: flat kernel positions (|S_l|,)} -> {path: float32 (|S_l|,)}."""
+
+    def tap(layer, module, h, y):
+        if not module.has_variable("probes", "c"):
+            return y
+        c, subset = module.get_variable("probes", "c"), module.get_variable("subset", "S")
+        mark = region if layer.kind == "conv" and covered(layer, h, h) else plainly
+        return mark(("tap", "subset"), functools.partial(tap_subset, layer), h, y, c, subset)
+
+    subset = nested({path: {"S": positions} for path, positions in S.items()})
+
+    def probed(probes):
+        collection = nested({path: {"c": c} for path, c in probes.items()})
+        with intercepted(layers, tap):
+            return loss({"probes": collection, "subset": subset})
+
+    return jax.grad(probed)({path: jnp.zeros(s.size, jnp.float32) for path, s in S.items()})
+
+
+@jax.custom_vjp
+def tap_both(h: Array, y: Array, h_probe: Array, y_probe: Array) -> Array:
+    """y, unchanged; the cotangents of the probes, shaped as h and y, are h and delta."""
+    return y
+
+
+def _both_forward(h, y, h_probe, y_probe):
+    return y, h
+
+
+def _both_backward(h, delta):
+    return None, delta, h, delta
+
+
+tap_both.defvjp(_both_forward, _both_backward)
+
+
+def observe(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]):
+    """h and delta of every layer, units first, its calls along the batch: {path: (h, delta)}.
+
+    What `gradient_at` reads. Errors: a layer called on images of several sizes.
+    """
+    return observe_and_sum(layers, {}, loss)[0]
+
+
+def observe_and_sum(
+    held: Mapping[str, Layer], summed: Mapping[str, Layer], loss: Callable[[Tree], Array]
+):
+    """In one pass h and delta of the layers `held`, as `observe`, and the `marginals` of others.
+
+    What is summed is not kept: h and delta of all layers of ResNet-56 are 606 MB.
+    """
+    calls = layer_calls(held, loss)
+    seen = {path: 0 for path in held}
+
+    def tap(layer, module, h, y):
+        if not module.has_variable("probes", MARK):
+            return y
+        probe = module.get_variable("probes", MARK)
+        if layer.path in summed:
+            maps = covered(layer, h, h)
+            run = functools.partial(tap_sums, total_of_maps if maps else total_of)
+            mark = region if maps else plainly
+            return mark(("tap", "sums"), run, h, y, probe["f"], probe["g"])
+        call, seen[layer.path] = seen[layer.path], seen[layer.path] + 1
+        return tap_both(h, y, probe[str(call)]["h"], probe[str(call)]["y"])
+
+    zeros = {
+        path: {str(n): jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), s) for n, s in each}
+        for path, each in ((path, list(enumerate(shapes))) for path, shapes in calls.items())
+    }
+    sums = {
+        path: {"f": jnp.zeros(layer.n_in, jnp.float32), "g": jnp.zeros(layer.n_out, jnp.float32)}
+        for path, layer in summed.items()
+    }
+
+    def probed(probes):
+        with intercepted({**held, **summed}, tap):
+            return loss({"probes": nested({path: {MARK: p} for path, p in probes.items()})})
+
+    cotangents = jax.grad(probed)({**zeros, **sums})
+    units = {path: _units(layer, [*cotangents[path].values()]) for path, layer in held.items()}
+    return units, {path: (cotangents[path]["f"], cotangents[path]["g"]) for path in summed}
+
+
+def _units(layer: Layer, calls: list[Tree]) -> tuple[Array, Array]:
+    """h and delta of all calls, units first, joined along the batch; of none, one image of zeros.
+
+    Errors: images of two sizes, which nothing could join.
+    """
+    if not calls:
+        sides = [(k - 1) * d + 1 for k, d in zip(layer.shape[:-2], layer.dilation, strict=False)]
+        return jnp.zeros((layer.n_in, 1, *sides)), jnp.zeros((layer.n_out, 1, *(1 for _ in sides)))
+    h, delta = zip(*(by_unit(layer, call["h"], call["y"]) for call in calls), strict=True)
+    if len({image.shape[2:] for image in h}) > 1:
+        raise ConfigError(
+            f"layer {layer.path!r} is called on images of several sizes; call it on one size, or "
+            "leave it dense with sparse=lambda path: ..."
+        )
+    return (
+        (h[0], delta[0]) if len(calls) == 1 else (jnp.concatenate(h, 1), jnp.concatenate(delta, 1))
+    )
+
+
+def layer_calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> dict[str, list]:
+    """The shapes of h and y in every call of every layer, in call order; nothing is computed."""
+    calls: dict[str, list] = {path: [] for path in layers}
+
+    def another(module):  # in `init`, which takes no probes, the model's own have no kernel yet
+        return is_foreign(module) and not module.has_variable("probes", MARK)
+
+    def record(next_fun, args, kwargs, context):
+        module = context.module
+        layer = layers.get(layer_path(module)) if is_layer(module) else None
+        if context.method_name != "__call__" or layer is None or another(module):
+            return next_fun(*args, **kwargs)
+        h = jnp.asarray(args[0] if args else kwargs["inputs"])
+        y = skipped(layer, module, h)
+        shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
+        calls[layer.path].append({"h": shape(h), "y": shape(y)})
+        return y
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda: loss({"probes": nested({p: {MARK: jnp.zeros(0)} for p in layers})}))
+    return calls

@@ -1,0 +1,242 @@
+"""A network as one NumPy file that others read, and back: `export`, `load`, `predictor`."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from dst.config import ConfigError
+from dst.connections.arena import VALUES, Arena, Connections, fill, lay_out, positions
+from dst.connections.execution import forward, init_rest
+from dst.network import Network
+from dst.state import SparseState, kernels_of, masks_of
+from dst.update import mask_kernels
+
+Entries = dict[str, np.ndarray]
+
+
+class Kernel(NamedTuple):
+    """The connections of one kernel, sorted by input, then output."""
+
+    shape: tuple[int, ...]
+    position: np.ndarray  # int64 (M,), in the flat kernel
+    values: np.ndarray  # float32 (M,)
+
+    def dense(self) -> np.ndarray:
+        """The kernel as Flax holds it."""
+        kernel = np.zeros(math.prod(self.shape), np.float32)
+        kernel[self.position] = self.values
+        return kernel.reshape(self.shape)
+
+
+def export(
+    net: Network, state: SparseState, path: str | os.PathLike, *, dense: bool = False
+) -> None:
+    """Writes the model's variables to the .npz file `path`, whole or not at all.
+
+    Entries are named like the variables: 'params/Dense_0/bias', 'batch_stats/BatchNorm_0/mean'.
+    The entry 'sparse' lists the kernels that are stored as a CSR matrix W (inputs, outputs), of a
+    convolution (kx ky n_in, n_out); such a 'params/Dense_0/kernel' is four entries:
+
+        params/Dense_0/kernel/data     float32 (M,), input by input
+        params/Dense_0/kernel/indices  int32 (M,), the outputs, rising within an input
+        params/Dense_0/kernel/indptr   int32 (inputs + 1,), where each input's connections begin
+        params/Dense_0/kernel/shape    int64, of the kernel in Flax: (n_in, n_out) or 4-D
+
+    x @ scipy.sparse.csr_array((data, indices, indptr), shape=shape) is x W of a dense layer. Needs
+    O(K) host memory. With `dense`, kernels are plain Flax arrays instead. What NumPy has no type
+    for, such as bfloat16, becomes float32. Errors: a folder that does not exist or cannot be
+    written, a state of another network.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ConfigError(f"Cannot write {path}: the folder {path.parent} does not exist.")
+    kernels = dict(_kernels(state))
+    shapes = {path: layer.shape for path, layer in net.layers.items()}
+    if {path: kernel.shape for path, kernel in kernels.items()} != shapes:
+        raise ConfigError("Cannot export a state whose sparse layers are not those of the network.")
+    params = dict(state.params)
+    if isinstance(state.masks, Arena):
+        del params[VALUES]
+    entries = traverse_util.flatten_dict({"params": params, **state.batch_stats}, sep="/")
+    sparse = {f"params/{layer}/kernel": kernel for layer, kernel in kernels.items()}
+    entries = {name: leaf for name, leaf in entries.items() if name not in sparse}
+    for name, kernel in sparse.items():
+        entries |= {name: kernel.dense()} if dense else _to_csr(name, kernel)
+    entries = {name: _readable(leaf) for name, leaf in entries.items()}
+    _write(path, {"sparse": np.array([] if dense else list(sparse), np.str_), **entries})
+
+
+def load(path: str | os.PathLike) -> dict[str, Any]:
+    """The variables in a file of `export` for `model.apply(variables, x)`: every kernel is dense.
+
+    Errors: a file that is missing, damaged or of another kind.
+    """
+    entries, kernels = _read(path)
+    entries |= {name: kernel.dense() for name, kernel in kernels.items()}
+    return traverse_util.unflatten_dict(entries, sep="/")
+
+
+def predictor(net: Network, source: SparseState | str | os.PathLike) -> Callable[..., Any]:
+    """`predict(*inputs)`: the outputs of a state, or of a file of `export` in net's execution.
+
+    The model is called with the keyword arguments of `dst.network`, such as train=False. In sparse
+    execution no `nn.Dense` kernel is formed, whatever execution wrote the file. What `state.params`
+    holds off the masks is left out, as `export` does. Errors: those of `load`, a file of another
+    network, a state whose parameters are not those of its connections.
+    """
+
+    @jax.jit
+    def run(network, *inputs):
+        return forward(net, *network, *inputs, **net.kwargs)
+
+    if isinstance(source, SparseState):
+        _refuse_other_values(source)
+        params = mask_kernels(source.params, masks_of(source))
+        return functools.partial(run, (params, source.masks, source.batch_stats))
+    return functools.partial(run, _restore(net, source))
+
+
+def _refuse_other_values(state: SparseState) -> None:
+    """Errors: parameters without a value for each connection, such as plain Flax kernels."""
+    if not isinstance(state.masks, Arena):
+        return
+    shape = getattr(state.params.get(VALUES, {}).get("kernel"), "shape", "missing")
+    if shape != state.masks.column.shape:
+        raise ConfigError(
+            f"state.params['{VALUES}']['kernel'] is {shape}, but must be "
+            f"{state.masks.column.shape}: in execution 'sparse' it holds the value of every "
+            "connection, in the place of the layers' kernels."
+        )
+
+
+def _kernels(state: SparseState) -> Iterator[tuple[str, Kernel]]:
+    """The sparse layers' paths and kernels, on the host."""
+    _refuse_other_values(state)
+    arena = state.masks
+    if isinstance(arena, Arena):
+        values = np.asarray(state.params[VALUES]["kernel"])
+        for part in arena.parts:
+            here, position = positions(arena, part)
+            order = np.argsort(position)
+            yield part.layer.path, Kernel(part.layer.shape, position[order], values[here][order])
+        return
+    for path, kernel in kernels_of(state.params, arena).items():
+        position = np.flatnonzero(np.asarray(arena[path]))
+        yield path, Kernel(kernel.shape, position, np.asarray(kernel).reshape(-1)[position])
+
+
+def _restore(net: Network, path: str | os.PathLike) -> tuple[Any, Connections, Any]:
+    """Parameters, connections and collections of a file, for `forward`."""
+    entries, kernels = _read(path)
+    rest = jax.eval_shape(functools.partial(init_rest, net), jax.random.key(0))
+    rest = traverse_util.flatten_dict(rest, sep="/")
+    sparse = {f"params/{layer.path}/kernel": layer for layer in net.layers.values()}
+    _refuse_another_network(path, {**entries, **kernels}, {**rest, **sparse})
+    values: dict[str, Any] = {}
+    masks: Connections = {}  # predictions need none
+    if net.execution == "sparse":
+        chosen = [
+            kernels.pop(name) if name in kernels else _nonzero(entries.pop(name)) for name in sparse
+        ]
+        counts = [kernel.values.size for kernel in chosen]
+        parts = lay_out(net, dict(zip(net.layers, counts, strict=True)))
+        masks, weights = fill(parts, (kernel[1:] for kernel in chosen))
+        values = {VALUES: {"kernel": jnp.asarray(weights)}}
+    entries |= {name: kernel.dense() for name, kernel in kernels.items()}
+    leaves = {name: jnp.asarray(array) for name, array in entries.items()}
+    for name in rest.keys() & leaves.keys():  # what was bfloat16 becomes that again
+        leaves[name] = leaves[name].astype(rest[name].dtype)
+    collections = traverse_util.unflatten_dict(leaves, sep="/")
+    return {**collections.pop("params", {}), **values}, masks, collections
+
+
+def _refuse_another_network(path: str | os.PathLike, theirs: Mapping, ours: Mapping) -> None:
+    for name in sorted({*theirs, *ours}):
+        was, now = (getattr(a.get(name), "shape", "missing") for a in (theirs, ours))
+        if was != now:
+            raise ConfigError(f"{path} is of another network: {name} is {was}, and {now} in this.")
+
+
+# -------------------------------------------------------------------------------------------- files
+def _nonzero(kernel: np.ndarray) -> Kernel:
+    position = np.flatnonzero(kernel)
+    return Kernel(kernel.shape, position, kernel.reshape(-1)[position])
+
+
+def _to_csr(name: str, kernel: Kernel) -> Entries:
+    row, output = np.divmod(kernel.position, kernel.shape[-1])
+    lengths = np.bincount(row, minlength=math.prod(kernel.shape[:-1]))
+    return {
+        f"{name}/data": kernel.values,
+        f"{name}/indices": output.astype(np.int32),
+        f"{name}/indptr": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        f"{name}/shape": np.array(kernel.shape),
+    }
+
+
+def _from_csr(entries: Entries, name: str) -> Kernel:
+    """Takes the kernel out of `entries`. Errors: what is not a sorted CSR matrix."""
+    parts = ("data", "indices", "indptr", "shape")
+    data, indices, indptr, sides = (entries.pop(f"{name}/{part}") for part in parts)
+    shape = tuple(sides.tolist())
+    fits = indptr.shape == (math.prod(shape[:-1]) + 1,) and indptr[0] == 0
+    if not (fits and data.shape == indices.shape == (indptr[-1],)):
+        raise ValueError(f"{name} has arrays that do not fit together")
+    row = np.repeat(np.arange(indptr.size - 1), np.diff(indptr))
+    position = row * shape[-1] + indices.astype(np.int64, casting="same_kind")
+    inside = (indices >= 0) & (indices < shape[-1])
+    if not (inside.all() and (np.diff(position) > 0).all()):
+        raise ValueError(f"{name} has connections outside, twice or out of order")
+    return Kernel(shape, position, data.astype(np.float32))
+
+
+def _readable(leaf: Any) -> np.ndarray:
+    array = np.asarray(leaf)
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+
+def _write(path: Path, entries: Entries) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:  # given a name, NumPy would append .npz
+            np.savez(file, **entries)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"Cannot write {path}: {error.strerror}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: str | os.PathLike) -> tuple[Entries, dict[str, Kernel]]:
+    """What is dense in the file, and its sparse kernels, both by name."""
+    try:
+        with open(path, "rb") as file:
+            return _parse(file)
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except Exception as error:  # whatever zipfile and NumPy make of other files
+        raise ConfigError(f"{path} is damaged, or no file of dst.export.") from error
+
+
+def _parse(file: BinaryIO) -> tuple[Entries, dict[str, Kernel]]:
+    with zipfile.ZipFile(file) as archive:
+        if archive.testzip():  # NumPy checks no sum of an entry whose header says it is shorter
+            raise zipfile.BadZipFile
+    file.seek(0)
+    with np.load(file) as stored:
+        entries = dict(stored.items())
+    names = entries.pop("sparse").tolist()
+    return entries, {name: _from_csr(entries, name) for name in names}
