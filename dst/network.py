@@ -155,7 +155,8 @@ def network(
     # JAX gives dicts of layers back sorted by path, which is not always the parameters' order.
     net = Network(model, dict(sorted(layers.items())), dense, shapes, kwargs, execution)
     net = net._replace(fuse=fuse)
-    _refuse_size(net, variables["params"])
+    if not net.layers:
+        raise ConfigError("the model has no nn.Dense or nn.Conv layer that may be sparse.")
     return net._replace(sown=_sown(net, variables))
 
 
@@ -205,21 +206,6 @@ def _refuse(path: str, why: str) -> NoReturn:
 def _abstract_init(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     init = lambda *a: model.init(jax.random.key(0), *a, **kwargs)  # noqa: E731
     return nn.meta.unbox(flax.core.unfreeze(jax.eval_shape(init, *args)))
-
-
-def _refuse_size(net: Network, params: Mapping[str, Any]) -> None:
-    """Refuse networks with nothing to make sparse, or with too many connections."""
-    if not net.layers:
-        raise ConfigError("the model has no nn.Dense or nn.Conv layer that may be sparse.")
-    if net.execution == "masked" and net.possible >= 2**31:
-        raise ConfigError(
-            f"the model has {net.possible} possible connections; masked execution allows 2^31 - 1, "
-            "execution='sparse' any number."
-        )
-    if net.execution == "sparse" and "arena" in params:
-        raise ConfigError(
-            "the model has parameters named 'arena', which is where dst keeps its own."
-        )
 
 
 def _sown(net: Network, variables: Mapping[str, Any]) -> frozenset[Path]:

@@ -25,8 +25,8 @@ from jax import lax
 from dst.config import ConfigError
 from dst.connections.backends import cpp as kernels
 from dst.connections.backends import maps
+from dst.connections.backends.dispatch import covered
 from dst.connections.fusion import plainly, region
-from dst.connections.products import covered
 from dst.network import Layer, is_foreign, is_layer, layer_path, skipped
 
 Array = jax.Array
@@ -249,11 +249,15 @@ def observe(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]):
 
 
 def observe_and_sum(
-    held: Mapping[str, Layer], summed: Mapping[str, Layer], loss: Callable[[Tree], Array]
+    held: Mapping[str, Layer],
+    summed: Mapping[str, Layer],
+    loss: Callable[[Tree], Array],
+    reads_maps: bool = False,
 ):
     """In one pass h and delta of the layers `held`, as `observe`, and the `marginals` of others.
 
-    What is summed is not kept: h and delta of all layers of ResNet-56 are 606 MB.
+    What is summed is not kept: h and delta of all layers of ResNet-56 are 606 MB. `reads_maps` says
+    that maps lie in memory as the kernels read them.
     """
     calls = layer_calls(held, loss)
     seen = {path: 0 for path in held}
@@ -263,7 +267,7 @@ def observe_and_sum(
             return y
         probe = module.get_variable("probes", MARK)
         if layer.path in summed:
-            maps = covered(layer, h, h)
+            maps = reads_maps and covered(layer, h, h)
             run = functools.partial(tap_sums, total_of_maps if maps else total_of)
             mark = region if maps else plainly
             return mark(("tap", "sums"), run, h, y, probe["f"], probe["g"])

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from flax import struct, traverse_util
+from flax import struct
 
 from dst.config import ConfigError
-from dst.connections.arena import VALUES, Arena, Connections, fill, lay_out
-from dst.connections.execution import init_rest
-from dst.connections.masks import active_count, fan_in_weights, layer_counts, random_positions
-from dst.connections.moments import recognise, refuse_unless_coordinate_wise
+from dst.connections.base import Connections
+from dst.connections.execution import EXECUTIONS, init_rest
+from dst.connections.initial import fan_in_weights, random_positions
+from dst.connections.moments import recognise
 from dst.methods.combinations import check, check_execution
+from dst.methods.distributions import active_count, layer_counts
 from dst.methods.memory import first_memory
 from dst.methods.table import Method
 from dst.network import Network
@@ -43,7 +42,7 @@ class SparseState(struct.PyTreeNode):
     step: Array  # int32 ()
     params: Any
     batch_stats: Any  # every other variable collection of the model
-    masks: Any  # layer path -> bool, the kernel's shape; or the arena's structure
+    masks: Any  # A: `Masks`, layer path -> bool of the kernel's shape; or an `Arena`
     opt_state: optax.OptState
     key: Array  # all randomness is fold_in(key, step)
     method: Any  # what the method remembers, see `dst.methods.memory`
@@ -97,7 +96,7 @@ def init_state(
     mask_key, weight_key, model_key, run_key = jax.random.split(key, 4)
     counts = first_counts(net, method)
 
-    def connections():
+    def layers():
         for l, (layer, count) in enumerate(zip(net.layers.values(), counts.values(), strict=True)):
             position = random_positions(jax.random.fold_in(mask_key, l), layer.size, count)
             seed, output = jax.random.fold_in(weight_key, l), position % layer.n_out
@@ -105,23 +104,17 @@ def init_state(
 
     variables = init_rest(net, model_key)
     params = variables.pop("params")
-    masks: Any
-    own: dict[str, Any] = {}
-    if net.execution == "sparse":
-        refuse_unless_coordinate_wise(tx, params, net.layers)
-        masks, values = fill(lay_out(net, counts), connections())
-        params = {**params, VALUES: {"kernel": jnp.asarray(values)}}
-        recognise(jax.eval_shape(tx.init, params), params, {VALUES: values})
-    else:
-        masks, kernels = densely(net, connections())
-        params = with_kernels(params, kernels)
-        recognise(jax.eval_shape(tx.init, params), params, masks)
-        own = first_memory(method, masks, kernels, jax.random.fold_in(weight_key, len(masks)))
+    execution = EXECUTIONS[net.execution]
+    execution.refuse(net, tx, params)
+    A, values = execution.connect(net, counts, layers())
+    params = A.put(params, values)
+    recognise(jax.eval_shape(tx.init, params), params, values)
+    own = first_memory(method, A, values, jax.random.fold_in(weight_key, len(net.layers)))
     return SparseState(
         step=jnp.int32(0),
         params=params,
         batch_stats=variables,
-        masks=masks,
+        masks=A,
         opt_state=tx.init(params),
         key=run_key,
         method=own,
@@ -129,52 +122,12 @@ def init_state(
     )
 
 
-def densely(net: Network, connections: Iterable) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Masks and kernels of masked execution, from each layer's flat positions and values."""
-    masks, kernels = {}, {}
-    for layer, (position, weights) in zip(net.layers.values(), connections, strict=True):
-        mask, kernel = np.zeros(layer.size, bool), np.zeros(layer.size, np.float32)
-        mask[position], kernel[position] = True, weights
-        masks[layer.path] = jnp.asarray(mask.reshape(layer.shape))
-        kernels[layer.path] = jnp.asarray(kernel.reshape(layer.shape))
-    return masks, kernels
-
-
-def masks_of(state: SparseState) -> dict[str, Array]:
-    """The masks of masked execution; none in sparse execution, where nothing is inactive."""
-    return {} if isinstance(state.masks, Arena) else state.masks
-
-
 def active_counts(connections: Connections) -> dict[str, Array]:
     """Connections of each layer: int32 scalars."""
-    if isinstance(connections, Arena):
-        paths = [part.layer.path for part in connections.parts]
-        return dict(zip(paths, connections.counts(), strict=True))
-    return {path: mask.sum(dtype=jnp.int32) for path, mask in connections.items()}
-
-
-def kernels_of(params: Any, masks: Mapping[str, Any]) -> dict[str, Array]:
-    """{layer path: kernel} of the sparse layers, in the order of `masks`."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    return {path: flat[f"{path}/kernel"] for path in masks}
-
-
-def join(by_layer: Mapping[str, Array]) -> Array:
-    """All layers' entries in one vector, in layer order."""
-    return jnp.concatenate([leaf.ravel() for leaf in by_layer.values()])
-
-
-def with_kernels(params: Any, kernels: Mapping[str, Array]) -> Any:
-    """`params` with these kernels in the place of their own."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    flat |= {f"{path}/kernel": kernel for path, kernel in kernels.items()}
-    return traverse_util.unflatten_dict(flat, sep="/")
+    paths = [part.layer.path for part in connections.parts]
+    return dict(zip(paths, connections.counts(), strict=True))
 
 
 def sparsity_of(connections: Connections) -> float:
     """Share of inactive connections, from exact counts on the host."""
-    if isinstance(connections, Arena):
-        possible = sum(part.layer.size for part in connections.parts)
-        return 1.0 - connections.column.size / possible
-    active = sum(int(np.count_nonzero(m)) for m in connections.values())
-    return 1.0 - active / sum(m.size for m in connections.values())
+    return connections.sparsity()

@@ -18,11 +18,11 @@ from dst import hosts
 from dst.config import ConfigError
 from dst.connections.arena import VALUES
 from dst.connections.execution import forward
-from dst.connections.moments import recognise, reset_inactive
+from dst.connections.moments import recognise
 from dst.methods.memory import follow, refuse_waiting
 from dst.network import Network
 from dst.sown import entries
-from dst.state import SparseState, kernels_of, masks_of, with_kernels
+from dst.state import SparseState
 
 Array = jax.Array
 AXIS = "devices"
@@ -167,12 +167,6 @@ def _statistics(net: Network, state: SparseState, new: Mapping[str, Any]) -> dic
     return traverse_util.unflatten_dict(kept)
 
 
-def mask_kernels(params: Any, masks: Mapping[str, Array]) -> Any:
-    """`params` with exact zeros off the masks; a NaN stays one, so that it is noticed."""
-    kernels = kernels_of(params, masks)
-    return with_kernels(params, {p: jnp.where(masks[p], k, 0) for p, k in kernels.items()})
-
-
 def average(leaf: Array) -> Array:
     """Mean over the devices, of its own type: integers are rounded down, a bool is that of any.
 
@@ -206,17 +200,17 @@ def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> C
 
     def body(state: SparseState, batch: Any) -> tuple[SparseState, dict[str, Array]]:
         refuse_waiting(state.method)
-        masks = masks_of(state)
-        owners = recognise(state.opt_state, state.params, masks)
+        A = state.masks
+        owners = recognise(state.opt_state, state.params, A.kernels(state.params))
         objective = lambda params: run_loss(net, loss, params, state, batch)  # noqa: E731
         gradients, run = jax.grad(objective, has_aux=True)(state.params)
         gradients, run = jax.tree.map(average, (gradients, run))
         finite = all_finite((run.loss, gradients))
-        own = follow(state.method, kernels_of(gradients, masks))
-        gradients = mask_kernels(gradients, masks)
+        own = follow(state.method, A.kernels(gradients))
+        gradients = A.only_existing(gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = mask_kernels(optax.apply_updates(state.params, updates), masks)
-        opt_state = reset_inactive(opt_state, tx.init(params), owners, masks)
+        params = A.only_existing(optax.apply_updates(state.params, updates))
+        opt_state = A.reset_missing(opt_state, tx.init(params), owners)
         seen = state.progress
         progress = seen.replace(
             loss_sum=seen.loss_sum + run.loss,

@@ -30,8 +30,8 @@ from ml_collections import ConfigDict
 import dst
 from dst import models
 from dst.config import TRAIN_IMAGES, ConfigError
-from dst.connections.masks import active_count
 from dst.data import pipeline as data
+from dst.methods.distributions import active_count
 from dst.methods.heuristics import HEURISTICS
 from dst.methods.memory import begun
 from dst.methods.plan import due, plan

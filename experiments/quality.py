@@ -36,10 +36,11 @@ from ml_collections import ConfigDict
 from dst import hosts
 from dst.config import ConfigError
 from dst.main import complain
-from dst.methods.candidates import by_dense_gradient, drawing, everything, positions
-from dst.methods.heuristics import HEURISTICS, ON_HOST
+from dst.methods.grow import by_dense_gradient
+from dst.methods.heuristics import HEURISTICS, marginals_of
 from dst.methods.plan import due, plan
-from dst.state import SparseState, join
+from dst.methods.subset import drawing
+from dst.state import SparseState
 from dst.training import checkpoint, figures, log
 from dst.training.steps import Resident, classification, make_fetch, residents
 from dst.training.train import Built, build
@@ -93,20 +94,20 @@ def looking(config: ConfigDict, built: Built) -> Callable[[SparseState, Resident
     net, devices = built.net, built.devices
     fetch = make_fetch(config, built.dataset, len(devices))
     dense = by_dense_gradient(net, classification)
-    measures = {name: HEURISTICS[name](net, classification) for name in NAMES}
-    inside = {name: measure for name, measure in measures.items() if name not in ON_HOST}
+    measures = {name: marginals_of(net, classification, HEURISTICS[name]) for name in NAMES}
+    outside = [name for name in NAMES if HEURISTICS[name].on_host]
 
     def body(state: SparseState, resident: Resident, device: jax.Array):
         batch = fetch(state, resident, device)
-        S, _, _ = everything(state, batch, {}, None)
-        return dense(state, batch, S), {name: f(state, batch) for name, f in inside.items()}
+        G = state.masks.split_by_layer(dense(state, batch))
+        fg = {name: f(state, batch) for name, f in measures.items() if name not in outside}
+        return {path: g.ravel() for path, g in G.items()}, fg
 
     program, index = parallel(body, (None, None, 0), devices), hosts.own(devices)
 
     def look(state: SparseState, resident: Resident) -> tuple[ByLayer, dict[str, Marginals]]:
         G, fg = program(state, resident, index)
-        outside = {name: measures[name](state, None) for name in ON_HOST if name in measures}
-        return G, fg | outside
+        return G, fg | {name: measures[name](state, None) for name in outside}
 
     return look
 
@@ -148,8 +149,9 @@ def rows_of(built: Built, use: Tools, state: SparseState) -> Iterator[dict[str, 
 
 def subset(net, draw, key, state: SparseState, fg: Marginals, event: int) -> np.ndarray:
     """S of the whole network: flat positions."""
-    S, valid, _ = draw(key, state.masks, fg, np.int32(event))
-    return np.asarray(join(positions(net, S)))[np.asarray(join(valid))]
+    S = jax.device_get(draw(key, state.masks, fg, np.int32(event)))
+    starts = np.cumsum([0, *(layer.size for layer in net.layers.values())])
+    return np.concatenate([s[:n] + i for (s, n), i in zip(S.values(), starts, strict=False)])
 
 
 # -------------------------------------------------------------------------------------------- a run

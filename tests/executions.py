@@ -5,6 +5,7 @@ import numpy as np
 import optax
 
 from dst.connections.arena import positions
+from dst.connections.masks import Masks
 from tests import tiny
 
 # A large eps: where a gradient nearly vanishes, Adam would show its last bits.
@@ -14,7 +15,7 @@ ONE = jax.local_devices()[:1]
 
 def dense(state, leaf=None) -> dict[str, np.ndarray]:
     """{path: kernel}, or a (K,) leaf in the kernels' shapes, of either execution."""
-    if isinstance(state.masks, dict):
+    if isinstance(state.masks, Masks):
         return tiny.kernels(state.params if leaf is None else leaf, state)
     values = np.asarray(state.params["arena"]["kernel"] if leaf is None else leaf)
     found = {}
@@ -28,7 +29,7 @@ def dense(state, leaf=None) -> dict[str, np.ndarray]:
 
 def structure(state) -> dict[str, np.ndarray]:
     """{path: mask} of either execution."""
-    if isinstance(state.masks, dict):
+    if isinstance(state.masks, Masks):
         return {path: np.asarray(mask) for path, mask in state.masks.items()}
     ones = np.ones(state.masks.column.size, bool)
     return dense(state, ones)

@@ -12,6 +12,7 @@ import pytest
 from tiny import SGD, batch, loss, setup
 
 import dst
+from dst.connections.masks import Masks
 from tests.executions import ONE, close, dense, structure
 
 EXECUTIONS = ("masked", "sparse")
@@ -46,7 +47,7 @@ def averaged(execution: str):
 
 def entries(state, tree):
     """{connection: its entry} of every connection of a state."""
-    kernels = dense(state, tree if isinstance(state.masks, dict) else tree["arena"]["kernel"])
+    kernels = dense(state, tree if isinstance(state.masks, Masks) else tree["arena"]["kernel"])
     return {
         (path, int(at)): kernels[path].ravel()[at]
         for path, mask in structure(state).items()

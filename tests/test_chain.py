@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from dst.connections.masks import active_count
 from dst.data import pipeline as data
+from dst.methods.distributions import active_count
 from dst.methods.lottery import winning
 from dst.training import checkpoint, log, loop, steps, train
 from tests.test_train import result, small

@@ -11,8 +11,8 @@ import pytest
 
 import dst
 from dst.config import default, validate
-from dst.connections.masks import active_count
 from dst.methods import lottery
+from dst.methods.distributions import active_count
 from dst.methods.plan import plan
 from dst.methods.table import ROWS
 from dst.state import first_counts
@@ -158,7 +158,7 @@ def test_an_empty_layer_survives(run):
     layer = "Dense_0"
     empty = np.zeros_like(start.masks[layer])
     params = {**start.params, layer: {**start.params[layer], "kernel": empty * np.float32(0)}}
-    state = start.replace(params=params, masks={**start.masks, layer: empty})
+    state = start.replace(params=params, masks=start.masks.but({layer: empty}))
     state = jax.device_get(run.go_on(replicate(jax.tree.map(jnp.asarray, state)), 0))
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert len(floats) > 10 and all(np.isfinite(x).all() for x in floats)

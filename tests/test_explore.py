@@ -1,13 +1,15 @@
 """The rewire of sparse execution: the choice of the masked one, and its laws."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dst
-from dst.methods import explore
-from dst.methods.heuristics import HEURISTICS, OBSERVED
+from dst.methods import subset
+from dst.methods.heuristics import HEURISTICS, marginals_of
 from dst.methods.plan import plan
+from dst.update import parallel, run_loss, split_batch
 from tests import tiny
 from tests.executions import ONE, both, check_arena, close, dense, structure
 
@@ -19,18 +21,28 @@ def test_the_marginals_are_the_same(heuristic, tier):
     """f and g of the masked pass, each up to its own scale."""
     found = []
     for s in both(heuristic=heuristic):
-        if heuristic in OBSERVED and s.net.execution == "sparse":
-            look = explore.observer(s.net, s.method, tiny.loss)
-            measure = lambda state, batch, look=look: look(state, batch, {})[1]  # noqa: E731
-        else:
-            measure = HEURISTICS[heuristic](s.net, tiny.loss)
-        if heuristic in OBSERVED:
-            measure = jax.pmap(
-                measure, axis_name="devices", in_axes=(None, 0), out_axes=None, devices=ONE
-            )
-            found.append(measure(s.state, jax.tree.map(lambda a: a[None], s.batch)))
-        else:
+        measure = marginals_of(s.net, tiny.loss, HEURISTICS[heuristic])
+        if HEURISTICS[heuristic].on_host:
             found.append(measure(s.state, s.batch))
+        else:
+            on_device = parallel(measure, (None, 0), ONE)
+            found.append(on_device(s.state, split_batch(s.batch, ONE)))
+    close(found[0], found[1])
+
+
+@pytest.mark.parametrize("heuristic", ["uniform", "grabo", "synflow", "graest"])
+def test_units_that_are_held_give_the_same_marginals(heuristic):
+    """What a rewire finds from h and delta where it holds them, and from sums where it does not."""
+    found = []
+    for s in both(heuristic=heuristic):
+        fg = {p: (jnp.ones(layer.n_in), jnp.ones(layer.n_out)) for p, layer in s.net.layers.items()}
+
+        def seen(state, batch, s=s, fg=fg):
+            value = lambda extra: run_loss(s.net, tiny.loss, state.params, state, batch, extra)[0]  # noqa: E731
+            later = subset.scored_later(s.net, s.method, state.masks)
+            return subset.observed(s.net, s.method, state, later, value, fg)[1]
+
+        found.append(parallel(seen, (None, 0), ONE)(s.state, split_batch(s.batch, ONE)))
     close(found[0], found[1])
 
 

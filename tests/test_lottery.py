@@ -11,9 +11,9 @@ import optax
 import pytest
 
 import dst
-from dst.connections.masks import active_count
+from dst.connections.masks import with_kernels
+from dst.methods.distributions import active_count
 from dst.methods.lottery import levels, ticket, winning
-from dst.state import with_kernels
 from tests.tiny import active, batch, kernels, loss, setup
 
 PAPER = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98)
@@ -57,7 +57,9 @@ def test_o10_the_largest_of_200_weights_nested():
             np.testing.assert_array_equal(mask, s > 200 - count)
         # What was inactive does not come back, however large.
         revived = {path: np.where(masks[path], w[i], 9) for i, path in enumerate("ab")}
-        state = state.replace(masks=masks, params=with_kernels(state.params, revived))
+        state = state.replace(
+            masks=state.masks.but(masks), params=with_kernels(state.params, revived)
+        )
 
 
 def test_a_ticket_is_the_first_state_on_the_masks():

@@ -13,17 +13,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dst.config import ConfigError
-from dst.connections import masks
-from dst.connections.masks import (
-    DISTRIBUTIONS,
-    active_count,
-    dead_units,
-    fan_in_weights,
-    layer_counts,
-    layer_densities,
-    random_positions,
-    thinned,
-)
+from dst.connections import initial
+from dst.connections.initial import fan_in_weights, random_positions
+from dst.connections.masks import Masks
+from dst.methods.distributions import DISTRIBUTIONS, active_count, layer_counts, layer_densities
+from dst.network import Layer
+from dst.training.loop import collapsed_layers
 from tests.tiny import kernels as kernels_of
 from tests.tiny import setup
 
@@ -149,7 +144,7 @@ def test_positions_take_a_few_copies_of_themselves(size):
 @pytest.mark.parametrize(("count", "most"), [(4096, 0), (4000, 100), (2048, 3000)])
 def test_few_are_drawn_of_a_dense_layer(monkeypatch, count, most):
     """Without the complement the last of n positions would take about n draws."""
-    drawn, make = [], masks._generator
+    drawn, make = [], initial._generator
 
     class Counting:
         def __init__(self, key):
@@ -159,7 +154,7 @@ def test_few_are_drawn_of_a_dense_layer(monkeypatch, count, most):
             drawn.append(size)
             return self.rng.integers(high, size=size)
 
-    monkeypatch.setattr(masks, "_generator", Counting)
+    monkeypatch.setattr(initial, "_generator", Counting)
     assert len(random_positions(jax.random.key(0), 4096, count)) == count
     assert sum(drawn) <= most
 
@@ -262,7 +257,7 @@ def test_a_new_network_is_its_positions_and_weights(name):
 
 # ------------------------------------------------------------------------------------- what is left
 def test_a_layer_below_a_tenth_of_its_first_count_is_told_once():
-    tell = thinned({"a": 30, "b": 5, "c": 0, "d": 1000})
+    tell = collapsed_layers({"a": 30, "b": 5, "c": 0, "d": 1000})
     assert tell({"a": 3, "b": 1, "c": 0, "d": 100}) == []  # a tenth is enough, c never had any
     assert tell({"a": 2, "b": 1, "c": 0, "d": 99}) == [("a", 2, 30), ("d", 99, 1000)]
     assert tell({"a": 30, "b": 0, "c": 0, "d": 98}) == [("b", 0, 5)]
@@ -272,4 +267,5 @@ def test_a_layer_below_a_tenth_of_its_first_count_is_told_once():
 def test_dead_units_are_counted():
     mask = np.zeros((2, 2, 3, 5), bool)
     mask[0, 1, 2, 3] = mask[1, 1, 0, 0] = True
-    assert int(dead_units(jax.numpy.asarray(mask))) == 3
+    layer = Layer("a", "conv", mask.shape)
+    assert int(Masks([layer], {"a": jax.numpy.asarray(mask)}).dead_units()["a"]) == 3

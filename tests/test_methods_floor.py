@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dst
+from dst.connections.base import bits, lowest, row_salts
 from dst.connections.hashing import salts
-from dst.methods.drop import unprotected, weakest
+from dst.connections.masks import Masks
+from dst.methods.drop import View, unprotected
 from dst.methods.plan import floors, plan
-from dst.state import join, kernels_of
+from dst.network import Layer
 from dst.training import train
 from tests.arenas import hashed
 from tests.test_train import small
@@ -88,10 +90,13 @@ KEY = jax.random.key(5)
 
 
 @jax.jit
-def dropping(keep, params, masks, k):
+def dropping(keep, weights, masks, k):
     """What no floor protects, and the k weakest of it."""
-    loose = unprotected(keep, params, masks, KEY)
-    return loose, weakest(join(kernels_of(params, masks)), loose, k)
+    layers = [Layer(f"Dense_{l}", "dense", (1, mask.size)) for l, mask in enumerate(masks)]
+    A = Masks(layers, {layer.path: m[None] for layer, m in zip(layers, masks, strict=True)})
+    view = View(A, jnp.concatenate(weights), row_salts(A.parts, KEY), {})
+    loose = unprotected(keep, view)
+    return loose, lowest(bits(jnp.abs(view.w)), loose, k)
 
 
 def oracle(masks, weights, keep, k):
@@ -117,9 +122,7 @@ def test_the_drop_equals_a_stable_sort(data):
     ]
     keep = [data.draw(st.integers(0, int(A.sum()))) for A in masks]
     k = data.draw(st.integers(0, 18))
-    params = {f"Dense_{l}": {"kernel": jnp.asarray(w)} for l, w in enumerate(weights)}
-    A = {f"Dense_{l}": jnp.asarray(mask) for l, mask in enumerate(masks)}
-    loose, dropped = dropping(np.array(keep), params, A, jnp.int32(k))
+    loose, dropped = dropping(np.array(keep), weights, masks, jnp.int32(k))
     A = jnp.concatenate(masks)
     assert int(loose.sum()) == sum(int(mask.sum()) for mask in masks) - sum(keep)
     survivors = A & ~dropped

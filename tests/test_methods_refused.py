@@ -14,8 +14,8 @@ import pytest
 
 import dst
 from dst import main
-from dst.connections.masks import active_count
 from dst.methods import lottery
+from dst.methods.distributions import active_count
 from dst.state import count_of
 from dst.training import checkpoint
 from tests import tiny

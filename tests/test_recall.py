@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dst.methods.candidates import by_dense_gradient, drawing, everything
-from dst.methods.heuristics import grabo
+from dst.methods.grow import by_dense_gradient
+from dst.methods.heuristics import HEURISTICS, marginals_of
 from dst.methods.plan import plan
+from dst.methods.subset import drawing
 from dst.update import parallel, split_batch
 from experiments import quality, recall
 from tests import tiny
@@ -58,7 +59,7 @@ def test_density_is_the_share_of_draws_times_the_size_of_the_layer():
 
 def test_uniform_orders_nothing_and_nothing_possible_is_0():
     parts = tiny.setup()
-    fg = quality.HEURISTICS["uniform"](parts.net, tiny.loss)(parts.state, None)
+    fg = marginals_of(parts.net, tiny.loss, HEURISTICS["uniform"])(parts.state, None)
     G = {path: np.arange(layer.size) for path, layer in parts.net.layers.items()}
     free = {path: ~np.asarray(mask).ravel() for path, mask in parts.state.masks.items()}
     assert recall.correlations(parts.net, G, free, fg) == (None, None)
@@ -87,9 +88,9 @@ def test_of_one_image_grabo_is_the_gradient_of_a_dense_layer():
     parts = tiny.setup(images=1, norm=False)
 
     def body(state, batch):
-        S, _, _ = everything(state, batch, {}, None)
-        G = by_dense_gradient(parts.net, tiny.loss)(state, batch, S)
-        return G, grabo(parts.net, tiny.loss)(state, batch)
+        G = state.masks.split_by_layer(by_dense_gradient(parts.net, tiny.loss)(state, batch))
+        fg = marginals_of(parts.net, tiny.loss, HEURISTICS["grabo"])(state, batch)
+        return {path: g.ravel() for path, g in G.items()}, fg
 
     run = parallel(body, (None, 0), ONE)
     G, fg = jax.device_get(run(parts.state, split_batch(parts.batch, ONE)))
@@ -163,7 +164,7 @@ def test_uniform_catches_what_chance_does():
     """On average |S_l| / |inactive_l| of each layer, thus about |S| / |inactive|."""
     parts = tiny.setup()
     G, free, best = random_gradients(parts)
-    fg = quality.HEURISTICS["uniform"](parts.net, tiny.loss)(parts.state, None)
+    fg = marginals_of(parts.net, tiny.loss, HEURISTICS["uniform"])(parts.state, None)
     keys = [jax.random.fold_in(jax.random.key(0), n) for n in range(100)]
     S = drawn(parts, 4.0, fg, keys)
     found = np.mean([recall.caught(G, best, s)[0] for s in S])

@@ -1,7 +1,6 @@
 """Laws and oracles of the rewire step: O4, P3; exact counts; what moves and what stays."""
 
 import functools
-import types
 
 import chex
 import jax
@@ -16,9 +15,9 @@ from jax import lax
 import dst
 from dst import rewire as rewire_module
 from dst.connections.arena import positions
-from dst.connections.hashing import hashes_at, salts
-from dst.methods.candidates import Candidates
-from dst.methods.drop import weakest
+from dst.connections.base import Candidates, bits, lowest, row_salts
+from dst.connections.hashing import salts
+from dst.connections.masks import Masks
 from dst.methods.plan import plan
 from dst.methods.schedules import largest_remainder
 from dst.network import Layer
@@ -33,12 +32,14 @@ KEY = jax.random.key(4)
 @functools.partial(jax.jit, static_argnums=5)
 def exchange(A, w, S, score, k, size):
     """Drop the k weakest of A, grow the k <= size best of S: (A without P, that with G)."""
-    layers = {"layer": Layer("layer", "dense", (A.size, 1))}
-    network = types.SimpleNamespace(possible=A.size, layers=layers)
-    ties = lambda: hashes_at(network, KEY, jnp.arange(A.size, dtype=jnp.int32))  # noqa: E731
-    survivors = A & ~weakest(w, A, k, ties)
-    found = Candidates(S, score, k, k, jnp.bool_(True))
-    return survivors, survivors | rewire_module.grown(network, found, k, size, KEY)
+    layer = Layer("layer", "dense", (A.size, 1))
+    masks = Masks([layer], {"layer": A[:, None]})
+    salt = row_salts(masks.parts, KEY)
+    dropped = lowest(bits(jnp.abs(w)), masks.exists, k, lambda: masks.hashes(salt))
+    found = Candidates(jnp.zeros_like(S), S, score)  # a layer of one output: S are the columns
+    grown = rewire_module.strongest(found, k, size, salt)
+    new, moves = masks.exchange(dropped, grown, k, salt)
+    return moves.masks["layer"][:, 0], new["layer"][:, 0]
 
 
 def rewired(parts, state=None, devices=None):
@@ -91,7 +92,7 @@ def test_exchange_equals_a_sort(data):
     ]
     k = data.draw(st.integers(0, min(6, A.sum(), len(S))))
     padded = np.pad(S, (0, n - len(S)))
-    scores = np.pad(score, (0, n - len(S)), constant_values=-np.inf)
+    scores = np.pad(score, (0, n - len(S)), constant_values=-1)
     _, new = exchange(A, w * A, padded, scores, jnp.int32(k), 6)
     np.testing.assert_array_equal(new, exchange_oracle(A, w * A, S, score, k))
     assert new.sum() == A.sum()
@@ -306,7 +307,7 @@ def test_a_layer_may_be_emptied(execution):
 
 def faded(state, path):
     """The parameters with a layer's weights so small that they go first."""
-    if isinstance(state.masks, dict):
+    if isinstance(state.masks, Masks):
         kernel = state.params[path]["kernel"] * 1e-6
         return {**state.params, path: {**state.params[path], "kernel": kernel}}
     part = next(part for part in state.masks.parts if part.layer.path == path)

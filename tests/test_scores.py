@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import dst
+from dst.connections.masks import kernels_of, with_kernels
 from dst.methods.before import (
     SCORES,
     hessian_product,
@@ -19,7 +20,6 @@ from dst.methods.before import (
     prune_at_init,
 )
 from dst.methods.memory import begun
-from dst.state import kernels_of, with_kernels
 from tests.tiny import batch, setup
 from tests.tiny import loss as tiny_loss
 

@@ -13,10 +13,10 @@ import optax
 import pytest
 
 import dst
+from dst.connections.masks import kernels_of, with_kernels
 from dst.methods import before as scores
 from dst.methods.before import densities, flow_scores, prune_at_init
 from dst.models import ResNet
-from dst.state import kernels_of, with_kernels
 from tests.tiny import active
 
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from dst.connections import select
 from dst.connections.backends import cpp as kernels
-from dst.connections.select import NOWHERE, Found
+from dst.connections.base import NOWHERE, Candidates, bits, no_candidates
+from dst.connections.base import lowest as lowest_of_all
+from dst.methods.drop import View, unprotected
 from tests.arenas import hashed, listed, ordered, parts_of, random_case, slices
 
 examples = settings(max_examples=30, deadline=None)
@@ -57,7 +59,7 @@ def first_lowest(order, eligible, k):
     return chosen
 
 
-lowest = jax.jit(select.lowest)
+lowest = jax.jit(lowest_of_all)
 
 
 @pytest.mark.parametrize("dtype", [np.uint32, np.uint64])
@@ -91,7 +93,7 @@ def test_of_equals_those_that_are_lowest_in_ties(seed, k, different):
 
 
 lowest_of_ties = jax.jit(
-    lambda order, eligible, k, ties: select.lowest(order, eligible, k, lambda: ties)
+    lambda order, eligible, k, ties: lowest_of_all(order, eligible, k, lambda: ties)
 )
 
 
@@ -100,7 +102,7 @@ def test_bits_are_in_the_order_of_floats(dtype):
     info = np.finfo(dtype)
     rising = [0, info.smallest_subnormal, info.tiny, 0.5, 1, 1 + info.eps, info.max, np.inf, np.nan]
     with jax.enable_x64(dtype == np.float64):
-        found = np.asarray(select.bits(jnp.asarray(rising, dtype)))
+        found = np.asarray(bits(jnp.asarray(rising, dtype)))
     assert found.dtype.itemsize == np.dtype(dtype).itemsize
     assert found.dtype.kind == "u"
     assert (found[1:] > found[:-1]).all()
@@ -125,13 +127,18 @@ def test_the_strongest_of_each_layer_are_protected(dtype, seed, empty):
     np.testing.assert_array_equal(safe, expected)
 
 
-protect = jax.jit(lambda arena, magnitude: select.protected(arena, magnitude, [5, 0, 30]))
+@jax.jit
+def protect(arena, magnitude):
+    """The strongest, where ties go to the first: all hashes are alike."""
+    salt = jnp.zeros(arena.pointer.size - 1, jnp.uint32)
+    arena = arena.replace(column=jnp.zeros_like(arena.column))
+    return ~unprotected(np.array([5, 0, 30]), View(arena, magnitude, salt, {}))
 
 
 # --------------------------------------------------------------------------------- where it stands
 locate = jax.jit(
     lambda arena, row, column: [
-        select.locate(arena, part.block, row[l], column[l]) for l, part in enumerate(arena.parts)
+        select.locate(arena, row[l], column[l]) for l, _ in enumerate(arena.parts)
     ]
 )
 
@@ -172,7 +179,7 @@ def candidates(rng, n, places, dtype=np.float32):
     row, column = np.divmod(np.sort(rng.integers(0, places, n)), 5)
     score = rng.choice(np.array([-1, 0, 1, 2, 2.5, np.inf, np.nan], dtype), n)
     score[1:][(row[1:] == row[:-1]) & (column[1:] == column[:-1])] = -1
-    return Found(row.astype(np.int32), column.astype(np.int32), score)
+    return Candidates(row.astype(np.int32), column.astype(np.int32), score)
 
 
 def entries(found):
@@ -194,7 +201,7 @@ def test_the_best_are_those_of_a_sort(tier, sizes, seed, part, places):
 def test_of_one_connection_found_twice_the_first_score_counts(tier):
     # More of them than any sort leaves in place by chance.
     places = np.arange(300, dtype=np.int32)
-    found = Found(places, places % 7, np.full(300, 2, np.float32))
+    found = Candidates(places, places % 7, np.full(300, 2, np.float32))
     new = found._replace(score=np.where(places % 2, 3, 1).astype(np.float32))
     assert entries(program(tier, "best")(found, new, np.int32(300), SALT)) == entries(found)
 
@@ -215,8 +222,8 @@ def test_the_best_of_float64_differ_where_float32_does_not(seed, part):
 
 
 def test_nothing_is_empty():
-    assert entries(select.nothing(2)) == [(NOWHERE, 0, -1.0)] * 2
-    found = select.nothing(3)
+    assert entries(no_candidates(2)) == [(NOWHERE, 0, -1.0)] * 2
+    found = no_candidates(3)
     assert entries(program("pure", "best")(found, found, np.int32(3), SALT)) == entries(found)
 
 
@@ -243,7 +250,7 @@ def test_an_exchange_gives_the_arena_of_the_new_masks(tier, seed, part, empty, w
     dropped[rng.permutation(CONNECTIONS)[:k] if weak is None else slice(weak, k)] = True
     score = np.where(np.arange(room) < k, 1, -1).astype(np.float32)
     arena, source = program(tier, "exchange")(
-        case.arena, dropped, Found(row, column, score), np.int32(k)
+        case.arena, dropped, Candidates(row, column, score), np.int32(k)
     )
     stay = {place: p for p, place in enumerate(held) if not dropped[p]}
     expected = sorted([*stay, *grown[:k]])
@@ -259,7 +266,7 @@ def test_an_exchange_for_float64_scores_is_the_same():
     free = next(
         (r, c) for r, c in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)] if (r, c) not in held
     )
-    grown = Found(*(np.array([n], np.int32) for n in free), np.ones(1))
+    grown = Candidates(*(np.array([n], np.int32) for n in free), np.ones(1))
     with jax.enable_x64(True):
         arena, source = program("pure, float64", "exchange")(
             case.arena, np.arange(CONNECTIONS) == 7, grown, np.int32(1)

@@ -1,6 +1,6 @@
 """RigL's choice from blocks of the dense gradient: that of the whole one, in both executions."""
 
-import types
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from flax import linen as nn
 import dst
 from dst import observe as probes
 from dst.connections.backends import cpp as kernels
+from dst.connections.base import no_candidates, row_salts
 from dst.connections.hashing import salts
-from dst.connections.select import nothing, row_salts
+from dst.connections.masks import Masks
 from dst.methods import stream
 from dst.update import AXIS, parallel
 from tests import tiny
@@ -111,6 +112,8 @@ def test_masked_the_choice_is_top_k_of_all_layers(monkeypatch, block):
     layers = {p: layers[p] for p in ("dilated_strided", "rows", "same", "sequence", "valid")}
     units = {path: integers(rng, layer) for path, layer in layers.items()}
     masks = {path: rng.random(layer.shape) < 0.3 for path, layer in layers.items()}
+    A = Masks(layers.values(), {path: jnp.asarray(mask) for path, mask in masks.items()})
+    salt = row_salts(A.parts, KEY)
     score = np.concatenate(
         [
             np.where(masks[p], -np.inf, np.abs(mean_gradient(layer, units[p]))).ravel()
@@ -124,16 +127,16 @@ def test_masked_the_choice_is_top_k_of_all_layers(monkeypatch, block):
         ties += [hashed(salt[output], column) for column, output in places]
     order = np.lexsort((ties, -score))
     inactive = int(np.isfinite(score).sum())
-    net = types.SimpleNamespace(layers=layers)
     for size in (30, inactive + 5):
-        choose = lambda units, n=size: stream.strongest(net, units, masks, n, KEY)  # noqa: E731
-        position, best, finite = on_devices(choose, units)
-        assert position.dtype == jnp.int32 and bool(finite.all())
-        for p, s in zip(np.asarray(position), np.asarray(best), strict=True):
-            held = np.isfinite(s)
-            assert held.sum() == min(size, inactive)
-            np.testing.assert_array_equal(np.sort(p[held]), np.sort(order[: held.sum()]))
-            np.testing.assert_array_equal(s[held], score[p[held]])
+        empty = no_candidates(size)
+        choose = functools.partial(stream.strongest_missing, A)
+        two = parallel(choose, (0, None, None, None), jax.local_devices()[:2])
+        found, finite = two(units, empty, jnp.int32(size), salt)
+        held = np.asarray(found.valid)
+        p, s = (np.asarray(a)[held] for a in (A.entry(found.row, found.column), found.score))
+        assert bool(finite) and held.sum() == min(size, inactive)
+        np.testing.assert_array_equal(np.sort(p), np.sort(order[: held.sum()]))
+        np.testing.assert_array_equal(s, score[p])
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -144,7 +147,7 @@ def test_sparse_the_choice_is_the_best_of_what_does_not_exist(monkeypatch, tier,
     case = random_case(rng, 60)
     layers = [part.layer for part in case.arena.parts]
     units = {layer.path: integers(rng, layer) for layer in layers}
-    missing, salt = [], row_salts(case.arena, KEY)
+    missing, salt = [], row_salts(case.arena.parts, KEY)
     salts_of_rows = np.asarray(salt)
     for part, mask in zip(case.arena.parts, case.masks, strict=True):
         G = np.abs(mean_gradient(part.layer, units[part.layer.path])).reshape(-1, part.n_out)
@@ -152,7 +155,7 @@ def test_sparse_the_choice_is_the_best_of_what_does_not_exist(monkeypatch, tier,
             row = part.first + i // part.block * part.n_out + o
             missing.append((-G[i, o], hashed(salts_of_rows[row], i), row, i))
     missing.sort()
-    empty = nothing(99)
+    empty = no_candidates(99)
     choose = lambda units, P: stream.strongest_missing(case.arena, units, empty, P, salt)  # noqa: E731
     two = parallel(choose, (0, None), jax.local_devices()[:2])
     for P in (20, 99):
@@ -263,7 +266,7 @@ def test_sparse_no_array_is_larger_than_a_block(monkeypatch, tier, block):
 def test_masked_no_block_of_the_gradient_is_larger_than_asked(monkeypatch, block):
     """Activations are products, too, but of 4 rows."""
     monkeypatch.setattr(stream, "BLOCK", block)
-    net, _, state, batch = wide_run("masked")
+    net, method, state, batch = wide_run("masked")
     largest = []
 
     def products(jaxpr):
@@ -276,6 +279,6 @@ def test_masked_no_block_of_the_gradient_is_larger_than_asked(monkeypatch, block
                     if hasattr(inner, "eqns"):
                         products(inner)
 
-    choose = jax.vmap(stream.streamed_choice(net, tiny.loss, 50), (None, 0), axis_name=AXIS)
-    products(jax.make_jaxpr(choose)(state, jax.tree.map(lambda a: a[None], batch)).jaxpr)
+    rewire = dst.make_rewire(net, tiny.SGD, method, tiny.loss, devices=ONE)
+    products(jax.make_jaxpr(rewire)(state, batch).jaxpr)
     assert max(largest) <= 50_000 and (max(largest) == 50_000) == (block > 50_000)

@@ -94,7 +94,9 @@ def linear_state(tx, weights, mask):
     state = dst.init_state(net, tx, dst.method("random", 0.5), jax.random.key(0))
     params = {"Dense_0": {"kernel": jnp.asarray(weights, jnp.float32)}}
     return net, state.replace(
-        params=params, masks={"Dense_0": jnp.asarray(mask)}, opt_state=tx.init(params)
+        params=params,
+        masks=state.masks.but({"Dense_0": jnp.asarray(mask)}),
+        opt_state=tx.init(params),
     )
 
 

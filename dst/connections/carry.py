@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from dst.config import ConfigError
-from dst.connections.arena import VALUES, Arena, Connections, rows_of
+from dst.connections.base import Connections
 from dst.connections.moments import recognise
-from dst.connections.select import locate
 from dst.state import SparseState
 
 Array = jax.Array
@@ -29,9 +28,8 @@ def carry(tree: Any, before: SparseState, after: SparseState) -> Any:
     """
     if _description(before.masks) != _description(after.masks):
         raise ConfigError("before and after must be the states of one network, around a rewire.")
-    own = {VALUES: before.masks.column} if isinstance(before.masks, Arena) else before.masks
     try:
-        owners = recognise(tree, before.params, own)
+        owners = recognise(tree, before.params, before.masks.kernels(before.params))
     except ConfigError:
         owners = []
     if not any(owners):
@@ -43,31 +41,15 @@ def carry(tree: Any, before: SparseState, after: SparseState) -> Any:
 
 def _description(connections: Connections) -> Any:
     """What all states of a network share."""
-    if isinstance(connections, Arena):
-        return connections.parts, connections.column.shape
-    return {path: mask.shape for path, mask in connections.items()}
+    return connections.parts, [leaf.shape for leaf in jax.tree.leaves(connections)]
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _carried(
     leaves: list[Array], before: Connections, after: Connections, owners: tuple[str | None, ...]
 ) -> list[Array]:
-    if isinstance(before, Arena) and isinstance(after, Arena):
-        source = sources(before, after)
-        kept = {VALUES: source >= 0}
-        place = lambda leaf: leaf[jnp.maximum(source, 0)]  # noqa: E731
-    elif isinstance(before, dict) and isinstance(after, dict):
-        kept = {path: mask & after[path] for path, mask in before.items()}
-        place = lambda leaf: leaf  # noqa: E731
+    moves = before.moved(after)
     return [
-        leaf if path is None else jnp.where(kept[path], place(leaf), jnp.zeros((), leaf.dtype))
-        for leaf, path in zip(leaves, owners, strict=True)
+        leaf if owner is None else moves.carry(leaf, owner, jnp.zeros((), leaf.dtype))
+        for leaf, owner in zip(leaves, owners, strict=True)
     ]
-
-
-def sources(before: Arena, after: Arena) -> Array:
-    """Where each connection of `after` stood in `before`: int32 (K,), -1 if it did not exist."""
-    row = rows_of(after.pointer, after.column.size)
-    longest = max(part.block for part in before.parts)
-    at, existed = locate(before, longest, row, after.column)
-    return jnp.where(existed, at, -1)

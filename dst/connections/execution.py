@@ -17,26 +17,28 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import tracers
 
-from dst.connections.arena import VALUES, Arena, Connections, Part
+from dst.connections.arena import SPARSE, VALUES, Arena
+from dst.connections.backends.dispatch import compiled, covered, tier
+from dst.connections.base import Connections, Execution, Part
 from dst.connections.fusion import fused, plainly, region
+from dst.connections.masks import MASKED
 from dst.connections.normalization import batch_norm, fits
 from dst.connections.products import (
     add_bias,
     add_channel_bias,
-    compiled,
     convolution,
-    covered,
     expand,
     frozen_convolution,
     frozen_product,
     product,
-    tier,
 )
 from dst.layers.convolution import convolve, faster
 from dst.network import Network, is_foreign, is_layer, layer_path, skipped
 from dst.sown import without
 
 Array = jax.Array
+
+EXECUTIONS: dict[str, Execution] = {"masked": MASKED, "sparse": SPARSE}
 
 
 def forward(
@@ -100,6 +102,13 @@ def variables_of(params: Any, connections: Connections, collections: Mapping) ->
     return {"params": rest, **collections, VALUES: traverse_util.unflatten_dict(flat)}
 
 
+def arena_parts(connections: Connections) -> dict[str, Part]:
+    """The parts of an arena by layer path; masks have none."""
+    if not isinstance(connections, Arena):
+        return {}
+    return {part.layer.path: part for part in connections.parts}
+
+
 def part_of(module: nn.Module, parts: Mapping[str, Part]) -> Part | None:
     """The part of the arena that this module is to multiply with; None if it has none.
 
@@ -111,7 +120,7 @@ def part_of(module: nn.Module, parts: Mapping[str, Part]) -> Part | None:
 
 def sparse_layers(arena: Arena, values: Array, frozen: bool, mark: Callable = plainly) -> Callable:
     """Interceptor: y = W h + b of the sparse layers, from the arena; `mark` is `region` to fuse."""
-    parts = {part.layer.path: part for part in arena.parts}
+    parts = arena_parts(arena)
     maps = any(part.layer.kind == "conv" for part in arena.parts)
     passed, outside = [values], tracers.current_trace()
 
@@ -197,10 +206,12 @@ def _expanded(part: Part, values: Array, arena: Arena, images: Array, frozen: bo
 
 
 def described(net: Network, params: Any, connections: Connections, collections: Mapping, **kwargs):
-    """How the layers of a sparse network run here, in words, for the log.
+    """How the layers of a sparse network run here, in words, for the log; "" of a masked one.
 
     `kwargs` of the model are those of training, as train=True.
     """
+    if not isinstance(connections, Arena):
+        return ""
     expanded = expanded_convolutions(net)
     words = [tier()]
     if any(expanded.values()):

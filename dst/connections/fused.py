@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dst.connections.arena import Arena, Part
+from dst.connections.arena import Arena
 from dst.connections.backends import cpp as kernels
 from dst.connections.backends import maps
 from dst.connections.backends.cpp import Read
+from dst.connections.base import Part
 from dst.connections.normalization import backwards
 
 Array = jax.Array

@@ -1,158 +1,291 @@
-"""Which connections exist: exact counts a layer, G(n, M) masks, weights scaled to the fan-in."""
+"""Masks over dense arrays: the connections of masked execution, as in the paper."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from dst.config import ConfigError
-from dst.methods.schedules import largest_remainder
+from dst.connections.base import Candidates, Execution, Part, Rule
+from dst.connections.hashing import hashed
+from dst.network import Layer, Network
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-DISTRIBUTIONS = ("uniform", "er", "er_unfolded", "erk")
-
-
-def active_count(possible: int, sparsity: float) -> int:
-    """K = N - round(N s), the connections a network of N possible ones keeps at sparsity s."""
-    return possible - round(possible * sparsity)
+Array = jax.Array
 
 
-def layer_densities(shapes: Shapes, sparsity: float, distribution: str) -> dict[str, float]:
-    """Density of each layer; their mean weighted by layer size is 1 - s.
+@jax.tree_util.register_pytree_with_keys_class
+class Masks(Mapping[str, Array]):
+    """Which connections exist: {layer path: bool, the kernel's shape}; the values are in `params`.
 
-    `uniform`: 1 - s everywhere. `er`: eps (n_in + n_out) / (n_in n_out) over channels (Mocanu et
-    al., 2018). `er_unfolded`: the same with kx ky n_in for n_in (Heddes et al., 2024). `erk`: eps
-    (sum of the kernel's dimensions) / (their product) (Evci et al., 2020).
-    A layer that would exceed 1 is dense and eps is solved again for the others.
+    Immutable, a pytree. Its entries are all possible connections, N of them, layer after layer.
     """
-    if distribution not in DISTRIBUTIONS:
-        raise ConfigError(
-            f"distribution is {distribution!r}; allowed are {', '.join(DISTRIBUTIONS)}."
-        )
-    size = {path: math.prod(shape) for path, shape in shapes.items()}
-    if distribution == "uniform":
-        return dict.fromkeys(shapes, 1.0 - sparsity)
-    unfolded = {path: (math.prod(s[:-1]), s[-1]) for path, s in shapes.items()}
-    channels = {path: s[-2:] for path, s in shapes.items()}
-    of: dict[str, Mapping] = {"er": channels, "er_unfolded": unfolded, "erk": shapes}
-    dims = of[distribution]
-    raw = {path: sum(d) / math.prod(d) for path, d in dims.items()}
-    full: set[str] = set()
-    while True:
-        budget = (1.0 - sparsity) * sum(size.values()) - sum(size[path] for path in full)
-        free = [path for path in shapes if path not in full]
-        weight = sum(raw[path] * size[path] for path in free)
-        eps = budget / weight if free else 0.0
-        largest = max((raw[path] for path in free), default=0.0)
-        if eps * largest <= 1.0:
-            return {path: 1.0 if path in full else eps * raw[path] for path in shapes}
-        full |= {path for path in free if raw[path] == largest}
 
+    holds_every_subset: ClassVar[bool] = True
+    reads_maps: ClassVar[bool] = False
 
-def layer_counts(shapes: Shapes, sparsity: float, distribution: str = "uniform") -> dict[str, int]:
-    """Active connections of each layer: proportional to density x size, their sum exactly K."""
-    size = {path: math.prod(shape) for path, shape in shapes.items()}
-    density = layer_densities(shapes, sparsity, distribution)
-    weights = [density[path] * size[path] for path in shapes]
-    total = active_count(sum(size.values()), sparsity)
-    # Densities are real numbers; 2^40 keeps their proportions to 1e-12 in exact integers.
-    scale = 2**40 / max(max(weights, default=0.0), 1e-300)
-    counts = largest_remainder(total, [round(w * scale) for w in weights], list(size.values()))
-    return {path: int(count) for path, count in zip(shapes, counts, strict=True)}
+    def __init__(self, layers: Iterable[Layer], by_path: Mapping[str, Any]):
+        self.layers = tuple(layers)
+        self._by_path = {layer.path: by_path[layer.path] for layer in self.layers}
 
+    def __getitem__(self, path: str) -> Array:
+        return self._by_path[path]
 
-def random_positions(key: jax.Array, size: int, count: int) -> np.ndarray:
-    """Erdős-Rényi G(n, M): `count` of `size` positions, every such set equally likely.
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_path)
 
-    Shapes: int64 (count,), sorted. Memory: O(count), whatever `size` is (up to 2^63).
-    Errors: a count that is negative or above `size`.
-    """
-    if not 0 <= count <= size:
-        raise ConfigError(f"count is {count}; allowed is 0 to {size}, all possible connections.")
-    rng = _generator(key)
-    if 2 * count <= size:
-        return _distinct(rng, size, count)
-    inside = np.ones(size, bool)  # of at most 2 count; few are left to draw until all differ
-    inside[_distinct(rng, size, size - count)] = False
-    return np.flatnonzero(inside)
+    def __len__(self) -> int:
+        return len(self._by_path)
 
+    def __repr__(self) -> str:
+        return f"Masks({self._by_path!r})"
 
-def _distinct(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
-    """Positions drawn, those drawn before replaced, until `count` differ: int64, sorted."""
-    found, different = np.empty(count, np.int64), 0
-    while different < count:
-        found[different:] = rng.integers(size, size=count - different)
-        found.sort()
-        first = np.append(True, found[1:] != found[:-1])
-        different = int(np.count_nonzero(first))
-        found[:different] = found[first]
-    return found
+    def tree_flatten_with_keys(self) -> tuple[Iterable, tuple[Layer, ...]]:
+        """As a dict has them, so that a mask is called by its layer's path."""
+        return [(jax.tree_util.DictKey(path), mask) for path, mask in self.items()], self.layers
 
+    @classmethod
+    def tree_unflatten(cls, layers: tuple[Layer, ...], masks: Iterable[Any]) -> Masks:
+        """The inverse; leaves may be anything."""
+        return cls(layers, dict(zip((layer.path for layer in layers), masks, strict=True)))
 
-def fan_in_weights(key: jax.Array, output: np.ndarray, n_out: int, gain: float = 2.0) -> np.ndarray:
-    """Weights of variance gain / n_j, n_j the actual fan-in of output unit j (Evci et al., 2019).
-
-    Shapes: output (M,), the unit of each connection -> float32 (M,); only these M are drawn. Gain 2
-    is He's.
-    """
-    fan_in = np.bincount(output, minlength=n_out)
-    std = np.sqrt(gain / np.maximum(fan_in, 1), dtype=np.float32)
-    weights = _generator(key).standard_normal(len(output), np.float32)
-    weights *= std[output]
-    return weights
-
-
-def strongest(
-    score: Mapping[str, Any], masks: Mapping[str, Any], k: int, what: str
-) -> dict[str, np.ndarray]:
-    """Masks of the k largest scores of active connections: global, by stable rank.
-
-    Signed scores of the kernels' shapes; of equals the first in layer order is kept, and never one
-    that is inactive. Errors: a score that is not finite, told as `what`.
-    """
-    for path, mask in masks.items():
-        if not np.isfinite(np.asarray(score[path])[np.asarray(mask)]).all():
+    def but(self, by_path: Mapping[str, Any]) -> Masks:
+        """These masks with others of some layers. Raises ConfigError: a layer that is not here."""
+        if unknown := by_path.keys() - self.keys():
             raise ConfigError(
-                f"{what} of layer {path!r} must be finite, but some is NaN or infinite."
+                f"masks has no layer {min(unknown)!r}; it has {', '.join(map(repr, self))}."
             )
-    active = np.concatenate([np.asarray(mask).ravel() for mask in masks.values()])
-    flat = np.concatenate([np.asarray(score[path]).ravel() for path in masks])
-    order = np.argsort(np.where(active, -flat, np.inf), kind="stable")
-    chosen = np.zeros(active.size, bool)
-    chosen[order[: min(k, np.count_nonzero(active))]] = True
-    parts = np.split(chosen, np.cumsum([mask.size for mask in masks.values()])[:-1])
-    return {path: c.reshape(masks[path].shape) for path, c in zip(masks, parts, strict=True)}
+        return Masks(self.layers, {**self, **by_path})
+
+    @functools.cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The layers' rows, each layer one block."""
+        return parts_of(self.layers)
+
+    @property
+    def exists(self) -> Array:
+        """All masks in one vector: bool (N,)."""
+        return join(self)
+
+    @property
+    def total(self) -> Array:
+        """Connections of the network: int32 ()."""
+        return self.exists.sum(dtype=jnp.int32)
+
+    @property
+    def inactive(self) -> Array:
+        """Possible connections that do not exist: int32 ()."""
+        return sum(layer.size for layer in self.layers) - self.total
+
+    def counts(self) -> Array:
+        """Connections of each layer: int32 (L,)."""
+        return jnp.stack([mask.sum(dtype=jnp.int32) for mask in self.values()])
+
+    def sparsity(self) -> float:
+        """Share of inactive connections, from exact counts on the host."""
+        active = sum(int(np.count_nonzero(mask)) for mask in self.values())
+        return 1.0 - active / sum(mask.size for mask in self.values())
+
+    def dead_units(self) -> dict[str, Array]:
+        """Output units of each layer without an incoming connection: int32 scalars."""
+        by_output = {path: mask.reshape(-1, mask.shape[-1]) for path, mask in self.items()}
+        return {path: jnp.sum(~mask.any(0), dtype=jnp.int32) for path, mask in by_output.items()}
+
+    # ------------------------------------------------------------------------------- the entries
+    def weights(self, params: Any) -> Array:
+        """All kernels in one vector: float (N,)."""
+        return join(self.kernels(params))
+
+    def split_by_layer(self, entries: Array) -> dict[str, Array]:
+        """The inverse of `join`: (N,) -> {layer path: the kernel's shape}."""
+        ends = np.cumsum([layer.size for layer in self.layers])[:-1]
+        parts = zip(self.layers, jnp.split(entries, ends), strict=True)
+        return {layer.path: part.reshape(layer.shape) for layer, part in parts}
+
+    def hashes(self, salt: Array) -> Array:
+        """The entries' numbers for ties: uint32 (N,)."""
+        return jnp.concatenate([self._hashes(part, salt) for part in self.parts])
+
+    def _hashes(self, part: Part, salt: Array) -> Array:
+        column = jnp.arange(part.n_in, dtype=jnp.uint32)
+        return hashed(salt[None, part.first : part.end], column[:, None]).ravel()
+
+    def every(self, score: Array) -> Candidates:
+        """All that is inactive with its score: (N,) -> candidates in the order of the entries."""
+        rows: list[Array] = []
+        columns: list[Array] = []
+        for part in self.parts:
+            row = part.first + jnp.arange(part.n_out, dtype=jnp.int32)
+            column = jnp.arange(part.n_in, dtype=jnp.int32)
+            grid = jnp.broadcast_arrays(row[None], column[:, None])
+            rows, columns = [*rows, grid[0].ravel()], [*columns, grid[1].ravel()]
+        score = jnp.where(self.exists, -1, score)
+        return Candidates(jnp.concatenate(rows), jnp.concatenate(columns), score)
+
+    def by_layer(self, rule: Rule, entries: Array, salt: Array) -> Array:
+        """A rule applied to each layer's entries: (N,) -> bool (N,)."""
+        of = self.split_by_layer(entries)
+        chosen = [
+            rule(
+                l,
+                self[part.layer.path].ravel(),
+                of[part.layer.path].ravel(),
+                functools.partial(self._hashes, part, salt),
+            )
+            for l, part in enumerate(self.parts)
+        ]
+        return jnp.concatenate(chosen)
+
+    def count_by_layer(self, chosen: Array) -> Array:
+        """How many of each layer's entries are chosen: bool (N,) -> int32 (L,)."""
+        of = self.split_by_layer(chosen)
+        return jnp.stack([part.sum(dtype=jnp.int32) for part in of.values()])
+
+    def find(self, l: Array, column: Array, output: Array) -> Array:
+        """Whether layer l has a connection (column, output): int32 (m,) -> bool (m,)."""
+        start, n_out = (jnp.asarray(a) for a in (self._starts, self._outputs))
+        return self.exists[start[l] + column * n_out[l] + output]
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        """The first entry of each layer: int32 (L,)."""
+        return np.cumsum([0, *(layer.size for layer in self.layers[:-1])]).astype(np.int32)
+
+    @functools.cached_property
+    def _outputs(self) -> np.ndarray:
+        return np.array([layer.n_out for layer in self.layers], np.int32)
+
+    def entry(self, row: Array, column: Array) -> Array:
+        """Which entry (row, column) is: int32 (m,)."""
+        pairs = list(zip(self._starts, self._outputs, strict=True))
+        first = np.concatenate([start + np.arange(n_out) for start, n_out in pairs])
+        step = np.concatenate([np.full(n_out, n_out) for _, n_out in pairs])
+        return jnp.asarray(first, jnp.int32)[row] + column * jnp.asarray(step, jnp.int32)[row]
+
+    def without_existing(self, part: Part, row: Array, column: Array, score: Array) -> Array:
+        """The scores of a block that begins at (row, column), -1 where a connection exists.
+
+        Shapes: score (rows, columns), within the layer of `part`.
+        """
+        mask = self[part.layer.path].reshape(part.n_in, part.n_out)
+        block = jax.lax.dynamic_slice(mask, (column, row - part.first), score.shape[::-1])
+        return jnp.where(block.T, -1, score)
+
+    # ---------------------------------------------------------------------------------- exchange
+    def exchange(
+        self, dropped: Array, grown: Candidates, k: Array, salt: Array
+    ) -> tuple[Masks, Kept]:
+        """Without `dropped` (bool (N,)) and with the candidates in `grown` that are not empty."""
+        survivors = self.exists & ~dropped
+        at = jnp.where(grown.valid, self.entry(grown.row, grown.column), survivors.size)
+        new = survivors.at[at].set(True, mode="drop")
+        return self.but(self.split_by_layer(new)), Kept(self.split_by_layer(survivors))
+
+    def moved(self, after: Masks) -> Kept:
+        """What stayed between these and the masks `after`."""
+        return Kept({path: mask & after[path] for path, mask in self.items()})
+
+    # --------------------------------------------------------------------------- values and moments
+    def put(self, params: Any, kernels: Mapping[str, Any]) -> Any:
+        """`params` with these kernels."""
+        return with_kernels(params, kernels)
+
+    def kernels(self, params: Any) -> dict[str, Array]:
+        """{layer path: kernel} of `params`, or of a tree like it."""
+        return kernels_of(params, self)
+
+    def refuse_values(self, params: Any) -> None:
+        """Whatever is not on the masks is left out."""
+
+    def on_host(self, params: Any) -> Iterator[tuple[Layer, np.ndarray, np.ndarray]]:
+        """Of each layer the flat positions int64 (M,), rising, and values (M,)."""
+        for layer, kernel in zip(self.layers, self.kernels(params).values(), strict=True):
+            position = np.flatnonzero(np.asarray(self[layer.path]))
+            yield layer, position, np.asarray(kernel).reshape(-1)[position]
+
+    def only_existing(self, params: Any) -> Any:
+        """`params` with exact zeros off the masks; a NaN stays one, so that it is noticed."""
+        kernels = {p: jnp.where(self[p], k, 0) for p, k in self.kernels(params).items()}
+        return with_kernels(params, kernels)
+
+    def reset_missing(self, opt_state: Any, fresh: Any, owners: Sequence[str | None]) -> Any:
+        """`opt_state` with `fresh` (the value of `tx.init`) off the masks."""
+        return reset(Kept(self), opt_state, fresh, owners)
 
 
-def thinned(
-    first: Mapping[str, int],
-) -> Callable[[Mapping[str, int]], list[tuple[str, int, int]]]:
-    """A function of the counts: (layer, its count, its first) of those below a tenth of the first.
+class Kept(NamedTuple):
+    """What stays where it is: the `Moves` of masks."""
 
-    It remembers what it has told: each layer is told once.
-    """
-    told: set[str] = set()
+    masks: Mapping[str, Array]
 
-    def tell(active: Mapping[str, int]) -> list[tuple[str, int, int]]:
-        low = [(p, n, first[p]) for p, n in active.items() if 10 * n < first[p]]
-        new = [layer for layer in low if layer[0] not in told]
-        told.update(path for path, _, _ in new)
-        return new
-
-    return tell
+    def carry(self, leaf: Array, owner: str, start: Array) -> Array:
+        """The leaf with `start` for what did not stay."""
+        return jnp.where(self.masks[owner], leaf, start)
 
 
-def _generator(key: jax.Array) -> np.random.Generator:
-    """NumPy's generator, seeded by a JAX key: a shape of its own each layer compiles nothing."""
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+def parts_of(layers: Iterable[Layer]) -> tuple[Part, ...]:
+    """The layers' rows one after the other, each layer one block."""
+    parts: list[Part] = []
+    for layer in layers:
+        first = parts[-1].end if parts else 0
+        parts.append(Part(layer, layer.size // layer.n_out, first))
+    return tuple(parts)
 
 
-def dead_units(mask: jax.Array) -> jax.Array:
-    """Output units without an incoming connection: int32 scalar. Shapes: mask (..., n_out)."""
-    return jnp.sum(~mask.reshape(-1, mask.shape[-1]).any(0), dtype=jnp.int32)
+def reset(moves: Any, opt_state: Any, fresh: Any, owners: Sequence[str | None]) -> Any:
+    """`opt_state` with what follows connections carried along, `fresh` where they are new."""
+    leaves, treedef = jax.tree.flatten(opt_state)
+    starts = jax.tree.leaves(fresh)
+    carried = [
+        leaf if owner is None else moves.carry(leaf, owner, start)
+        for leaf, start, owner in zip(leaves, starts, owners, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, carried)
+
+
+def kernels_of(params: Any, masks: Mapping[str, Any]) -> dict[str, Array]:
+    """{layer path: kernel} of the sparse layers, in the order of `masks`."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return {path: flat[f"{path}/kernel"] for path in masks}
+
+
+def with_kernels(params: Any, kernels: Mapping[str, Array]) -> Any:
+    """`params` with these kernels in the place of their own."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    flat |= {f"{path}/kernel": kernel for path, kernel in kernels.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def join(by_layer: Mapping[str, Array]) -> Array:
+    """All layers' entries in one vector, in layer order."""
+    return jnp.concatenate([leaf.ravel() for leaf in by_layer.values()])
+
+
+def connect(
+    net: Network, counts: Mapping[str, int], layers: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> tuple[Masks, dict[str, Array]]:
+    """Masks and kernels from each layer's flat positions int64 (M,) and values float32 (M,)."""
+    masks, kernels = {}, {}
+    for layer, (position, weights) in zip(net.layers.values(), layers, strict=True):
+        mask, kernel = np.zeros(layer.size, bool), np.zeros(layer.size, np.float32)
+        mask[position], kernel[position] = True, weights
+        masks[layer.path] = jnp.asarray(mask.reshape(layer.shape))
+        kernels[layer.path] = jnp.asarray(kernel.reshape(layer.shape))
+    return Masks(net.layers.values(), masks), kernels
+
+
+def refuse(net: Network, tx: Any, params: Any) -> None:
+    """Raises ConfigError: more possible connections than int32 can count."""
+    if net.possible >= 2**31:
+        raise ConfigError(
+            f"the model has {net.possible} possible connections; masked execution allows 2^31 - 1, "
+            "execution='sparse' any number."
+        )
+
+
+MASKED = Execution(connect, refuse)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
@@ -52,17 +51,6 @@ def recognise(opt_state: Any, params: Any, masks: Mapping[str, Any]) -> list[str
             )
         found.append(layers.get(owner) if owner else None)
     return found
-
-
-def reset_inactive(opt_state: Any, fresh: Any, owners: list[str | None], keep: Mapping[str, Array]):
-    """`opt_state` with `fresh` (the value of `tx.init`) wherever the layer's `keep` is False."""
-    leaves, treedef = jax.tree.flatten(opt_state)
-    starts = jax.tree.leaves(fresh)
-    kept = [
-        leaf if path is None else jnp.where(keep[path], leaf, start)
-        for leaf, start, path in zip(leaves, starts, owners, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, kept)
 
 
 def refuse_unless_coordinate_wise(

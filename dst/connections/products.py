@@ -21,31 +21,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import sparse
 
-from dst.connections.arena import Arena, Part, rows_of
+from dst.connections.arena import Arena
 from dst.connections.backends import cpp as kernels
 from dst.connections.backends import maps
-from dst.network import Layer
+from dst.connections.backends.dispatch import compiled
+from dst.connections.base import Part
+from dst.connections.ranges import over_range, rows_of
 
 Array = jax.Array
-
-CHUNK = 1024  # connections a step of the pure tier: 2 x 1024 rows of 128 float32 are 1 MiB
-
-
-def on_cpu() -> bool:
-    """Whether the C++ kernels run here: on a CPU, if they were built."""
-    return jax.default_backend() == "cpu" and kernels.available()
-
-
-def compiled(values: Array) -> bool:
-    """Whether the C++ kernels compute this: where they run, in float32."""
-    return on_cpu() and values.dtype == jnp.float32
-
-
-def tier() -> str:
-    """Which of the two tiers computes here, in words, for the log."""
-    if jax.default_backend() != "cpu":
-        return "pure JAX"
-    return "compiled kernels" if kernels.available() else f"pure JAX, as {kernels.why_not()}"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -109,15 +92,6 @@ def _bias_backward(_, delta):
 
 
 add_bias.defvjp(lambda y, bias: (add_bias(y, bias), None), _bias_backward)
-
-
-def covered(layer: Layer, values: Any, x: Any) -> bool:
-    """Whether the C++ kernels convolve this: as `compiled`, with a kernel of 11 x 11 at most.
-
-    XLA fails to compile their layout for a map of no images.
-    """
-    floats = x.dtype == jnp.float32 and compiled(values)
-    return floats and max(layer.shape[:2]) <= kernels.MOST_TAPS and x.size > 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -254,30 +228,6 @@ def over_connections(part: Part, values: Array, arena: Arena, step: Callable, ca
         return step(carry, at, value, i, row % part.n_out)
 
     return over_range((values, arena.column, rows), begin, end, within, carry)
-
-
-def over_range(arrays: tuple, begin: Array, end: Array, step: Callable, carry: Any) -> Any:
-    """Folds `step(carry, at, *slices)` over entries `begin` to `end` of arrays (K,), in chunks.
-
-    `at` (start, inside) says where the chunk stands; outside the range the slices are 0.
-    """
-    K = arrays[0].size
-    size = min(CHUNK, K)
-    if not size:
-        return carry
-
-    def chunk(c, carry):
-        due = begin + c * size
-        start = jnp.minimum(due, K - size)
-        index = start + jnp.arange(size, dtype=jnp.int32)
-        inside = (index >= due) & (index < end)
-        slices = (
-            jnp.where(inside, lax.dynamic_slice(a, (start,), (size,)), jnp.zeros((), a.dtype))
-            for a in arrays
-        )
-        return step(carry, (start, inside), *slices)
-
-    return lax.fori_loop(0, -((begin - end) // size), chunk, carry)
 
 
 def _add_at(gradient: Array, at: tuple[Array, Array], amount: Array) -> Array:

@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst.connections.arena import Part
 from dst.connections.backends import cpp as kernels
+from dst.connections.backends.dispatch import on_cpu
+from dst.connections.base import Part, lowest
 from dst.connections.hashing import hashed, mix, salts
-from dst.connections.products import on_cpu
-from dst.connections.select import lowest
 from dst.methods.units import scaled, unit_at
 
 Array = jax.Array

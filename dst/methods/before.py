@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -28,14 +28,15 @@ from jax import lax
 
 from dst import hosts
 from dst.config import ConfigError
-from dst.connections.masks import active_count, strongest
+from dst.connections.masks import kernels_of, with_kernels
 from dst.methods.combinations import check_execution
+from dst.methods.distributions import active_count
 from dst.methods.heuristics import NOTHING, check_flow, check_inputs, total_flow, without_dropout
 from dst.methods.memory import begun
 from dst.methods.table import Method
 from dst.network import Network
-from dst.state import SparseState, count_of, kernels_of, with_kernels
-from dst.update import AXIS, Loss, mask_kernels, parallel, replicate, run_loss, split_batch
+from dst.state import SparseState, count_of
+from dst.update import AXIS, Loss, parallel, replicate, run_loss, split_batch
 
 Array = jax.Array
 ByLayer = dict[str, Array]
@@ -98,9 +99,31 @@ def start_with(tx: optax.GradientTransformation, state: SparseState, masks: Any)
 
     The rest stays as it is.
     """
-    masks = {path: jnp.asarray(mask) for path, mask in masks.items()}
-    params = mask_kernels(state.params, masks)
-    return begun(state).replace(params=params, masks=masks, opt_state=tx.init(params))
+    A = state.masks.but({path: jnp.asarray(mask) for path, mask in masks.items()})
+    params = A.only_existing(state.params)
+    return begun(state).replace(params=params, masks=A, opt_state=tx.init(params))
+
+
+def strongest(
+    score: Mapping[str, Any], masks: Mapping[str, Any], k: int, what: str
+) -> dict[str, np.ndarray]:
+    """Masks of the k largest scores of active connections: global, by stable rank.
+
+    Signed scores of the kernels' shapes; of equals the first in layer order is kept, and never one
+    that is inactive. Errors: a score that is not finite, told as `what`.
+    """
+    for path, mask in masks.items():
+        if not np.isfinite(np.asarray(score[path])[np.asarray(mask)]).all():
+            raise ConfigError(
+                f"{what} of layer {path!r} must be finite, but some is NaN or infinite."
+            )
+    active = np.concatenate([np.asarray(mask).ravel() for mask in masks.values()])
+    flat = np.concatenate([np.asarray(score[path]).ravel() for path in masks])
+    order = np.argsort(np.where(active, -flat, np.inf), kind="stable")
+    chosen = np.zeros(active.size, bool)
+    chosen[order[: min(k, np.count_nonzero(active))]] = True
+    parts = np.split(chosen, np.cumsum([mask.size for mask in masks.values()])[:-1])
+    return {path: c.reshape(masks[path].shape) for path, c in zip(masks, parts, strict=True)}
 
 
 # --------------------------------------------------------------------------- scores that need data
@@ -262,7 +285,8 @@ def prune_by_flow(
     check_inputs(net, subject, instead)
     counts = [round(net.possible * d) for d in densities(method.sparsity, method.iterations)]
     counts[-1] = active_count(net.possible, method.sparsity)
-    params, masks, collections = jax.device_get((state.params, state.masks, state.batch_stats))
+    given = state.params, dict(state.masks), state.batch_stats
+    params, masks, collections = jax.device_get(given)
     with jax.enable_x64(True):
         measure = jax.jit(functools.partial(flow_scores, net))
         R, R_of_double = (measure(params, masks, collections, value)[0] for value in (1.0, 2.0))

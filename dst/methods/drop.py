@@ -1,57 +1,60 @@
 """Which connections a rewire may drop, and how many: the rules of `Method.drop`.
 
-A rule is (net, method) -> may_drop, and may_drop(state, event, wanted) gives the eligible
-connections over all layers, bool (N,), and how many of them are to go, int32 (). The weakest of
-them go first.
+A rule is (net, method) -> may_drop, and may_drop(view, event, wanted) gives the eligible entries,
+bool (n,), and how many of them are to go, int32 (). The weakest of them go first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dst.connections.hashing import hashes_of_layer
-from dst.connections.select import bits, lowest
+from dst.connections.base import Connections, bits, lowest
+from dst.connections.masks import join
+from dst.methods.memory import Own
 from dst.methods.plan import floors
 from dst.methods.schedules import cosine_drop_fraction
 from dst.methods.table import Method
 from dst.network import Network
-from dst.state import SparseState, join, kernels_of
-from dst.update import TIE_STREAM, stream
 
 Array = jax.Array
-MayDrop = Callable[[SparseState, Array, Array], tuple[Array, Array]]
 
 
-def weakest(w: Array, eligible: Array, k: Array, ties: Callable[[], Array] | None = None) -> Array:
-    """The k smallest |w| of the eligible: (N,), bool (N,) -> bool (N,); of equals as `lowest`."""
-    return lowest(bits(jnp.abs(w)), eligible, k, ties)
+class View(NamedTuple):
+    """What a rule sees of the network, in either execution; entries as `A` has them."""
+
+    A: Connections
+    w: Array  # float (n,), the entries' weights
+    salt: Array  # of ties, see `Connections.by_layer`
+    memory: Own  # what the method remembers
+
+
+MayDrop = Callable[[View, Array, Array], tuple[Array, Array]]
 
 
 def by_magnitude(net: Network, method: Method) -> MayDrop:
     """The weakest of the network, but of no layer the `floor` strongest (SET, RigL, the paper)."""
     keep = floors(net, method)
 
-    def may_drop(state: SparseState, event: Array, wanted: Array) -> tuple[Array, Array]:
+    def may_drop(view: View, event: Array, wanted: Array) -> tuple[Array, Array]:
         if not keep.any():
-            return join(state.masks), wanted
-        return unprotected(keep, state.params, state.masks, stream(state, TIE_STREAM)), wanted
+            return view.A.exists, wanted
+        return unprotected(keep, view), wanted
 
     return may_drop
 
 
-def unprotected(keep: np.ndarray, params: Any, masks: Mapping[str, Array], key: Array) -> Array:
-    """All connections but the keep[l] strongest of layer l: int (L,) -> bool (N,)."""
-    loose = {}
-    for l, (path, w) in enumerate(kernels_of(params, masks).items()):
-        A, w = masks[path].ravel(), w.reshape(-1, w.shape[-1])
-        ties = lambda l=l, w=w: hashes_of_layer(key, l, *w.shape).ravel()  # noqa: E731
-        loose[path] = A & ~lowest(~bits(jnp.abs(w.ravel())), A, jnp.int32(keep[l]), ties)
-    return join(loose)
+def unprotected(keep: np.ndarray, view: View) -> Array:
+    """All connections but the keep[l] strongest of layer l: int (L,) -> bool (n,)."""
+
+    def loose(l: int, A: Array, w: Array, ties: Callable[[], Array]) -> Array:
+        return A & ~lowest(~bits(jnp.abs(w)), A, jnp.int32(keep[l]), ties)
+
+    return view.A.by_layer(loose, view.w, view.salt)
 
 
 def by_layer(net: Network, method: Method) -> MayDrop:
@@ -65,15 +68,15 @@ def by_layer(net: Network, method: Method) -> MayDrop:
         np.float32,
     )
 
-    def may_drop(state: SparseState, event: Array, wanted: Array) -> tuple[Array, Array]:
+    def may_drop(view: View, event: Array, wanted: Array) -> tuple[Array, Array]:
         # 2^-22: a product that misses an integer by float32's rounding is that integer.
         p = jnp.asarray(p_t)[event] * np.float32(1 + 2**-22)
-        weak = {}
-        for path, w in kernels_of(state.params, state.masks).items():
-            A = state.masks[path]
+
+        def weak(l: int, A: Array, w: Array, ties: Callable[[], Array]) -> Array:
             k = jnp.floor(p * A.sum(dtype=jnp.int32)).astype(jnp.int32)
-            weak[path] = weakest(w.ravel(), A.ravel(), k)
-        return _counted(weak)
+            return lowest(bits(jnp.abs(w)), A, k)
+
+        return _counted(view.A.by_layer(weak, view.w, view.salt))
 
     return may_drop
 
@@ -81,9 +84,8 @@ def by_layer(net: Network, method: Method) -> MayDrop:
 def below_threshold(net: Network, method: Method) -> MayDrop:
     """|w| < H, a threshold for all layers that adapts itself (DSR; Mostafa and Wang, 2019)."""
 
-    def may_drop(state: SparseState, event: Array, wanted: Array) -> tuple[Array, Array]:
-        H, kernels = state.method["threshold"], kernels_of(state.params, state.masks)
-        return _counted({p: A & (jnp.abs(kernels[p]) < H) for p, A in state.masks.items()})
+    def may_drop(view: View, event: Array, wanted: Array) -> tuple[Array, Array]:
+        return _counted(view.A.exists & (jnp.abs(view.w) < view.memory["threshold"]))
 
     return may_drop
 
@@ -91,10 +93,9 @@ def below_threshold(net: Network, method: Method) -> MayDrop:
 def by_sign(net: Network, method: Method) -> MayDrop:
     """Those whose weight has left the connection's own sign (DeepR; Bellec et al., 2018)."""
 
-    def may_drop(state: SparseState, event: Array, wanted: Array) -> tuple[Array, Array]:
-        positive, kernels = state.method["positive"], kernels_of(state.params, state.masks)
-        crossed = {p: jnp.where(positive[p], kernels[p] < 0, kernels[p] > 0) for p in state.masks}
-        return _counted({p: A & crossed[p] for p, A in state.masks.items()})
+    def may_drop(view: View, event: Array, wanted: Array) -> tuple[Array, Array]:
+        positive = join(view.memory["positive"])
+        return _counted(view.A.exists & jnp.where(positive, view.w < 0, view.w > 0))
 
     return may_drop
 
@@ -107,6 +108,5 @@ DROPS: dict[str, Callable[[Network, Method], MayDrop]] = {
 }
 
 
-def _counted(by_path: dict[str, Array]) -> tuple[Array, Array]:
-    eligible = join(by_path)
+def _counted(eligible: Array) -> tuple[Array, Array]:
     return eligible, eligible.sum(dtype=jnp.int32)

@@ -1,16 +1,15 @@
 """Where promising connections are looked for: marginals f over inputs and g over outputs.
 
-A heuristic is (net, loss) -> measure, and measure(state, batch) -> {path: (f, g)} with f (n_in,)
-and g (n_out,), non-negative and not normalised. A connection is then drawn with probability
-f_a g_b; in a convolution a and b are channels and the kernel position is uniform (App. C), unless
-f tells the positions apart: (kx ky n_in,).
+A heuristic measures {path: (f, g)} with f (n_in,) and g (n_out,), non-negative and not normalised.
+A connection is then drawn with probability f_a g_b; in a convolution a and b are channels and the
+kernel position is uniform (App. C), unless f tells the positions apart: (kx ky n_in,).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,69 +18,71 @@ import numpy as np
 from jax import lax
 
 from dst.config import ConfigError
-from dst.connections.arena import Arena, Connections
-from dst.connections.execution import linear, part_of, variables_of
+from dst.connections.base import Connections
+from dst.connections.execution import arena_parts, linear, part_of, variables_of
 from dst.layers.obstacle import obstacle
 from dst.network import Layer, Network, describe, is_layer
-from dst.observe import marginals, observe, window
+from dst.observe import marginals, observe_and_sum, window
 from dst.state import SparseState
 from dst.update import AXIS, Loss, run_loss, stream
 
 Array = jax.Array
+Layers = Mapping[str, Layer]
 Marginals = dict[str, tuple[Array, Array]]
 Units = Mapping[str, tuple[Array, Array]]  # h and delta of every layer, from `observe`
 
 SKETCH_STREAM = 3  # GraEst's signs, beside the streams of `dst.update`
 
 
-def uniform(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]:
+class Seen(NamedTuple):
+    """What one pass tells, of some layers h and delta, of others only their sums."""
+
+    units: Units
+    sums: Marginals  # of |h| and |delta|, on one device
+
+
+class Heuristic(NamedTuple):
+    """How f x g is found: from what a pass sees, or before the jitted step."""
+
+    measure: Callable[[Network, SparseState, Seen], Marginals] | None
+    sums: bool = False  # needs the sums of |h| and |delta|, or h and delta themselves
+    holds: bool = False  # needs h and delta of all layers
+    on_host: Callable[[Network], Callable[[SparseState], Marginals]] | None = None
+
+
+def look(held: Layers, summed: Layers, value: Callable, state: SparseState) -> Seen:
+    """One pass that holds h and delta of some layers and sums those of others; none for none."""
+    if not held and not summed:
+        return Seen({}, {})
+    return Seen(*observe_and_sum(held, summed, value, state.masks.reads_maps))
+
+
+def uniform(net: Network, state: SparseState, seen: Seen) -> Marginals:
     """Eq. 1: every input and every output unit alike."""
-
-    def measure(state: SparseState, batch: Any) -> Marginals:
-        return {p: (jnp.ones(layer.n_in), jnp.ones(layer.n_out)) for p, layer in net.layers.items()}
-
-    return measure
+    return {p: (jnp.ones(layer.n_in), jnp.ones(layer.n_out)) for p, layer in net.layers.items()}
 
 
-def grabo(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]:
+def grabo(net: Network, state: SparseState, seen: Seen) -> Marginals:
     """Eq. 7: f = sum_b |h_b|, g = sum_b |delta_b|, whose product bounds |G| (Eq. 6)."""
-
-    def measure(state: SparseState, batch: Any) -> Marginals:
-        value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
-        return lax.psum(marginals(net.layers, value), AXIS)
-
-    return measure
-
-
-def bounds(net: Network, state: SparseState, seen: Units) -> Marginals:
-    """GraBo's f and g from h and delta that were observed."""
 
     def total(a: Array) -> Array:
         return jnp.sum(jnp.abs(a), axis=tuple(range(1, a.ndim)), dtype=jnp.float32)
 
-    return lax.psum({path: tuple(map(total, pair)) for path, pair in seen.items()}, AXIS)
+    of_units = {path: tuple(map(total, pair)) for path, pair in seen.units.items()}
+    return lax.psum({**of_units, **seen.sums}, AXIS)
 
 
-def graest(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]:
+def graest(net: Network, state: SparseState, seen: Seen) -> Marginals:
     """GraEst: f = |sum_b r_b h_b|, g = |sum_b r_b delta_b| with random signs r (an AMS sketch).
 
     The product of the signed sums is G in expectation. In a convolution every output position of
-    every image has a sign, and f is that of the columns (kx, ky, i): (kx ky n_in,).
+    every image has a sign, and f is that of the columns (kx, ky, i): (kx ky n_in,). Each device has
+    its own signs.
     """
-
-    def measure(state: SparseState, batch: Any) -> Marginals:
-        value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
-        return sketches(net, state, observe(net.layers, value))
-
-    return measure
-
-
-def sketches(net: Network, state: SparseState, seen: Units) -> Marginals:
-    """GraEst's f and g from h and delta that were observed; each device has its own signs."""
     key = jax.random.fold_in(stream(state, SKETCH_STREAM), lax.axis_index(AXIS))
     sums = {}
     for l, (path, layer) in enumerate(net.layers.items()):
-        h, delta = seen[path]
+        h, delta = seen.units[path]
         sign = jax.random.rademacher(jax.random.fold_in(key, l), delta.shape[1:], delta.dtype)
         sums[path] = signed_sums(layer, h, delta, sign)
     return jax.tree.map(jnp.abs, lax.psum(sums, AXIS))
@@ -106,7 +107,7 @@ def signed_sums(layer: Layer, h: Array, delta: Array, sign: Array) -> tuple[Arra
     return lax.map(read_at, places).ravel(), total(delta)
 
 
-def synflow(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]:
+def synflow(net: Network) -> Callable[[SparseState], Marginals]:
     """Eq. 3: f the synaptic flow into a layer's inputs, g out of its outputs, in float64.
 
     Runs on the host side of the rewire: R of ResNet-56 is near 1e70, beyond float32, and x64 cannot
@@ -115,11 +116,11 @@ def synflow(net: Network, loss: Loss) -> Callable[[SparseState, Any], Marginals]
     """
     subject, instead = "heuristic is 'synflow'", "use 'grabo' or 'uniform'"
     check_inputs(net, subject, instead)
-    measure = jax.jit(functools.partial(synaptic_flow, net))
+    marginals_of = jax.jit(functools.partial(synaptic_flow, net))
 
-    def flow(state: SparseState, batch: Any) -> Marginals:
+    def flow(state: SparseState) -> Marginals:
         with jax.enable_x64(True):
-            R, R_of_double, fg = measure(state.params, state.masks, state.batch_stats)
+            R, R_of_double, fg = marginals_of(state.params, state.masks, state.batch_stats)
             check_flow(R, R_of_double, subject, instead)
         return fg
 
@@ -150,9 +151,30 @@ def check_flow(R: Array, R_of_double: Array, subject: str, instead: str) -> None
 # is below NOTHING counts as 0.
 TRACE, NOTHING = 1e-300, 1e-150
 
-HEURISTICS = {"uniform": uniform, "grabo": grabo, "synflow": synflow, "graest": graest}
-ON_HOST = ("synflow",)
-OBSERVED = {"grabo": bounds, "graest": sketches}  # what the pass that observes h and delta gives
+HEURISTICS = {
+    "uniform": Heuristic(uniform),
+    "grabo": Heuristic(grabo, sums=True),
+    "synflow": Heuristic(None, on_host=synflow),
+    "graest": Heuristic(graest, holds=True),
+}
+
+
+def marginals_of(
+    net: Network, loss: Loss, heuristic: Heuristic
+) -> Callable[[SparseState, Any], Marginals]:
+    """f x g alone: (state, batch) -> {path: (f, g)}, on one device's share of the batch."""
+    find = heuristic.measure
+    if find is None:
+        flow = heuristic.on_host(net)  # type: ignore[misc]
+        return lambda state, batch: flow(state)
+
+    def run(state: SparseState, batch: Any) -> Marginals:
+        value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
+        held = net.layers if heuristic.holds else {}
+        summed = net.layers if heuristic.sums else {}
+        return find(net, state, look(held, summed, value, state))
+
+    return run
 
 
 def synaptic_flow(
@@ -204,8 +226,7 @@ def _linear(params: Any) -> Any:
 
 def _twin(connections: Connections) -> Callable:
     """Interceptor: Dense, Conv and BatchNorm as in the linear twin, in float64."""
-    parts = connections.parts if isinstance(connections, Arena) else ()
-    sparse = {part.layer.path: part for part in parts}
+    sparse = arena_parts(connections)
 
     def interceptor(next_fun, args, kwargs, context):
         module = context.module

@@ -14,11 +14,11 @@ import numpy as np
 import optax
 
 from dst.config import ConfigError
-from dst.connections.masks import strongest
-from dst.methods.before import start_with
+from dst.connections.masks import kernels_of
+from dst.methods.before import start_with, strongest
 from dst.methods.table import Method
 from dst.network import Network
-from dst.state import SparseState, count_of, init_state, kernels_of
+from dst.state import SparseState, count_of, init_state
 
 LEVELS = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98)  # section 4.1
 

@@ -32,9 +32,7 @@ class Waiting(struct.PyTreeNode):
     method: str = struct.field(pytree_node=False)
 
 
-def first_memory(
-    method: Method, masks: Mapping[str, Array], kernels: Mapping[str, Array], key: Array
-) -> dict[str, Any]:
+def first_memory(method: Method, masks: Any, kernels: Mapping[str, Array], key: Array) -> dict:
     """What the method knows before the first step."""
     own: dict[str, Any] = {}
     if method.score == "momentum":

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dst.connections.masks import active_count
+from dst.methods.distributions import active_count
 from dst.methods.schedules import (
     cosine_drop_fraction,
     cubic_sparsity,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst.connections.arena import Part
+from dst.connections.base import Part
 from dst.methods import arrivals
 from dst.methods.arrivals import LAST, Exists, Pairs
 from dst.methods.plan import Plan

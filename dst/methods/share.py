@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from dst.connections.base import Candidates, bits, lowest
+from dst.connections.masks import Masks
+from dst.methods.memory import Own
 
 Array = jax.Array
 
@@ -44,3 +50,39 @@ def share_out(total: Array, weights: Array, room: Array) -> Array:
     # Above 2^24 float32 loses some more: whoever has room, takes it.
     free = room - counts
     return counts + jnp.clip(total - counts.sum() - (jnp.cumsum(free) - free), 0, free)
+
+
+# ----------------------------------------------------------------------------- by what it is shared
+def by_momentum(A: Masks, survivors: Array, memory: Own) -> Array:
+    """SNFS: mean |momentum| of what was active in each layer: float32 (L,)."""
+    means = [
+        jnp.where(mask, jnp.abs(memory["momentum"][path]), 0).sum() / jnp.maximum(mask.sum(), 1)
+        for path, mask in A.items()
+    ]
+    return jnp.stack(means)
+
+
+def by_survivors(A: Masks, survivors: Array, memory: Own) -> Array:
+    """DSR: how many connections of each layer have survived: float32 (L,)."""
+    return A.count_by_layer(survivors).astype(jnp.float32)
+
+
+SHARES: dict[str, Callable[[Masks, Array, Own], Array]] = {
+    "momentum": by_momentum,
+    "survivors": by_survivors,
+}
+
+
+def shared_out(A: Masks, found: Candidates, k: Array, weights: Array) -> Candidates:
+    """The k best of everything inactive, shared out to the layers in proportion to `weights` (L,).
+
+    Of equals the first.
+    """
+    room = A.count_by_layer(found.valid)
+    counts = share_out(k, weights, room)
+
+    def chosen(l: int, A: Array, score: Array, ties: Callable[[], Array]) -> Array:
+        return lowest(~bits(jnp.maximum(score, 0)), score >= 0, counts[l])
+
+    best = A.by_layer(chosen, found.score, jnp.zeros(A.parts[-1].end, jnp.uint32))
+    return found._replace(score=jnp.where(best, found.score, -1))

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst.connections.arena import Arena, Part, rows_of
-from dst.connections.hashing import hashes_at
-from dst.connections.products import over_range
-from dst.connections.select import NOWHERE, Found, best, bits, lowest
+from dst.connections.base import NOWHERE, Candidates, Connections, Part, no_candidates
+from dst.connections.select import best
+from dst.methods.grow import Sample, Source, room
+from dst.methods.plan import Plan
+from dst.methods.table import Method
 from dst.network import Layer, Network
 from dst.observe import observe, window
 from dst.state import SparseState
-from dst.update import TIE_STREAM, Loss, average, run_loss, stream
+from dst.update import Loss, average, run_loss
 
 Array = jax.Array
 Units = Mapping[str, tuple[Array, Array]]  # h and delta of every layer, from `observe`
@@ -106,81 +107,34 @@ def padded(a: Array, size: int, value: float) -> Array:
     return jnp.pad(a.ravel(), (0, size - a.size), constant_values=value)
 
 
-# ------------------------------------------------------------------------------- masked execution
-def streamed_choice(net: Network, loss: Loss, P_max: int) -> Callable:
-    """RigL's candidates: choose(state, batch) -> the P_max inactive ones of the largest |dL/dw|.
+# ---------------------------------------------------------------------------------- the choice
+def streamed(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
+    """RigL's choice, of all inactive: h and delta of every layer are held, the gradient is not."""
+    most = room(net, method, planned)
 
-    Positions int32 (P_max,) in the joined vector of all layers, scores (P_max,), -inf where there
-    is none, and whether all of dL/dw was finite. Of equals the lower `hashes_at`.
-    """
-
-    def choose(state: SparseState, batch: Any) -> tuple[Array, Array, Array]:
+    def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
         value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
-        seen = observe(net.layers, value)
-        return strongest(net, seen, state.masks, P_max, stream(state, TIE_STREAM))
+        A, units = state.masks, observe(net.layers, value)
+        P = jnp.asarray(planned.grown)[event] if method.drop == "magnitude" else jnp.int32(most)
+        empty = no_candidates(most, A.weights(state.params).dtype)
+        found, finite = strongest_missing(A, units, empty, P, salt)
+        return Sample(found, A.inactive, A.inactive, finite)
 
-    return choose
-
-
-def strongest(
-    net: Network, units: Units, masks: Mapping[str, Array], size: int, key: Array
-) -> tuple[Array, Array, Array]:
-    """The `size` inactive connections of the largest |dL/dw|, as `streamed_choice` has them."""
-    layers = net.layers
-    # Whole rows of the kernel if they fit: the blocks are then in the order of its positions.
-    outputs = [min(layer.n_out, BLOCK) for layer in layers.values()]
-    shapes = [
-        (min(layer.n_in, BLOCK // n), n) for n, layer in zip(outputs, layers.values(), strict=True)
-    ]
-    room = max(map(math.prod, shapes))
-    start = np.cumsum([0, *(layer.size for layer in layers.values())])
-
-    def scorer(layer: Layer, first: int, shape: tuple[int, int]) -> Callable:
-        def block(corner):
-            at, due = fit(layer, corner, shape)
-            G = gradient_block(layer, *units[layer.path], at, shape)
-            mask = masks[layer.path]
-            mask = lax.dynamic_slice(mask, at[-mask.ndim :], (*(1,) * (mask.ndim - 2), *shape))
-            score = jnp.where(due & ~mask.reshape(shape), jnp.abs(G), -jnp.inf)
-            column = first_column(layer, at) + jnp.arange(shape[0], dtype=jnp.int32)
-            output = at[-1] + jnp.arange(shape[1], dtype=jnp.int32)
-            position = first + column[:, None] * layer.n_out + output[None]
-            return padded(position, room, 0), padded(score, room, -jnp.inf), jnp.isfinite(G).all()
-
-        return block
-
-    def merge(carry, new):
-        position, score = (jnp.concatenate(pair) for pair in zip(carry[:2], new[:2], strict=True))
-        ties = lambda: hashes_at(net, key, position)  # noqa: E731
-        chosen = lowest(~bits(jnp.maximum(score, 0)), score >= 0, jnp.int32(size), ties)
-        to = jnp.where(chosen, jnp.cumsum(chosen, dtype=jnp.int32) - 1, size)
-        best = (
-            none.at[to].set(a, mode="drop")
-            for none, a in zip(empty, (position, score), strict=True)
-        )
-        return *best, carry[2] & new[2]
-
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(units))
-    empty = jnp.zeros(size, jnp.int32), jnp.full(size, -jnp.inf, dtype)
-    given = list(zip(layers.values(), map(int, start), shapes, strict=False))
-    starts = [corners(layer, shape, layer.n_in) for layer, _, shape in given]
-    return over_blocks(starts, [scorer(*each) for each in given], merge, (*empty, jnp.bool_(True)))
+    return sample
 
 
-# ------------------------------------------------------------------------------- sparse execution
 def strongest_missing(
-    arena: Arena, units: Units, empty: Found, P: Array, salt: Array
-) -> tuple[Found, Array]:
+    A: Connections, units: Units, empty: Candidates, P: Array, salt: Array
+) -> tuple[Candidates, Array]:
     """The P connections of the largest |dL/dw| among those that do not exist, `empty`'s size.
 
     Also whether all of dL/dw was finite: bool (). Of equals as `select.best`.
     """
     # As many inputs as a row can have: a block reads the connections of its rows.
-    runs = [min(part.block, part.layer.n_in) for part in arena.parts]
+    runs = [min(part.block, part.layer.n_in) for part in A.parts]
     inputs = [min(run, BLOCK) for run in runs]
-    shapes = [(n, min(p.n_out, BLOCK // n)) for n, p in zip(inputs, arena.parts, strict=True)]
+    shapes = [(n, min(p.n_out, BLOCK // n)) for n, p in zip(inputs, A.parts, strict=True)]
     room = max(map(math.prod, shapes))
-    rows = rows_of(arena.pointer, arena.column.size)
 
     def scorer(part: Part, shape: tuple[int, int]) -> Callable:
         layer = part.layer
@@ -188,16 +142,16 @@ def strongest_missing(
         def block(corner):
             at, due = fit(layer, corner, shape)
             G = gradient_block(layer, *units[layer.path], at, shape)
-            # Sorted by (row, column): of each output its inputs from one block of the arena.
+            # Sorted by (row, column): of each output its inputs from one block.
             segment = first_column(layer, corner) // part.block
             column = first_column(layer, at) + jnp.arange(shape[0], dtype=jnp.int32)
             row = part.first + segment * layer.n_out + at[-1]
             valid = (due & (column[:, None] // part.block == segment)).T
             score = jnp.where(valid, jnp.abs(G.T), -1).astype(empty.score.dtype)
-            score = without_existing(arena, rows, row, column[0], score)
+            score = A.without_existing(part, row, column[0], score)
             row = row + jnp.arange(shape[1], dtype=jnp.int32)
             row, column = jnp.broadcast_arrays(row[:, None], column[None])
-            new = Found(*map(padded, (row, column, score), (room,) * 3, (NOWHERE, 0, -1)))
+            new = Candidates(*map(padded, (row, column, score), (room,) * 3, (NOWHERE, 0, -1)))
             return new, jnp.isfinite(G).all()
 
         return block
@@ -205,22 +159,7 @@ def strongest_missing(
     def merge(carry, new):
         return best(carry[0], new[0], P, salt), carry[1] & new[1]
 
-    given = zip(arena.parts, shapes, runs, strict=True)
+    given = zip(A.parts, shapes, runs, strict=True)
     starts = [corners(part.layer, shape, run) for part, shape, run in given]
-    blocks = [scorer(*each) for each in zip(arena.parts, shapes, strict=True)]
+    blocks = [scorer(*each) for each in zip(A.parts, shapes, strict=True)]
     return over_blocks(starts, blocks, merge, (empty, jnp.bool_(True)))
-
-
-def without_existing(arena: Arena, rows: Array, row: Array, column: Array, score: Array) -> Array:
-    """The scores of a block that begins at (row, column), -1 where a connection exists.
-
-    Shapes: `rows` int32 (K,) of all connections, score (rows, columns).
-    """
-
-    def mark(score, at, r, c):
-        # What is left of the block would count from its end.
-        inside = at[1] & (c >= column)
-        return score.at[jnp.where(inside, r - row, score.shape[0]), c - column].set(-1, mode="drop")
-
-    begin, end = arena.pointer[row], arena.pointer[row + score.shape[0]]
-    return over_range((rows, arena.column), begin, end, mark, score)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dst.connections.masks import active_count
+from dst.methods.distributions import active_count
 from dst.methods.plan import Plan, plan
 from dst.methods.schedules import largest_remainder
 from dst.methods.table import Method

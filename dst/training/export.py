@@ -16,11 +16,10 @@ import numpy as np
 from flax import traverse_util
 
 from dst.config import ConfigError
-from dst.connections.arena import VALUES, Arena, Connections, fill, lay_out, positions
-from dst.connections.execution import forward, init_rest
+from dst.connections.base import Connections
+from dst.connections.execution import EXECUTIONS, forward, init_rest
 from dst.network import Network
-from dst.state import SparseState, kernels_of, masks_of
-from dst.update import mask_kernels
+from dst.state import SparseState
 
 Entries = dict[str, np.ndarray]
 
@@ -65,12 +64,10 @@ def export(
     shapes = {path: layer.shape for path, layer in net.layers.items()}
     if {path: kernel.shape for path, kernel in kernels.items()} != shapes:
         raise ConfigError("Cannot export a state whose sparse layers are not those of the network.")
-    params = dict(state.params)
-    if isinstance(state.masks, Arena):
-        del params[VALUES]
-    entries = traverse_util.flatten_dict({"params": params, **state.batch_stats}, sep="/")
+    own = {f"params/{owner}/kernel" for owner in state.masks.kernels(state.params)}
+    entries = traverse_util.flatten_dict({"params": state.params, **state.batch_stats}, sep="/")
+    entries = {name: leaf for name, leaf in entries.items() if name not in own}
     sparse = {f"params/{layer}/kernel": kernel for layer, kernel in kernels.items()}
-    entries = {name: leaf for name, leaf in entries.items() if name not in sparse}
     for name, kernel in sparse.items():
         entries |= {name: kernel.dense()} if dense else _to_csr(name, kernel)
     entries = {name: _readable(leaf) for name, leaf in entries.items()}
@@ -101,39 +98,17 @@ def predictor(net: Network, source: SparseState | str | os.PathLike) -> Callable
         return forward(net, *network, *inputs, **net.kwargs)
 
     if isinstance(source, SparseState):
-        _refuse_other_values(source)
-        params = mask_kernels(source.params, masks_of(source))
+        source.masks.refuse_values(source.params)
+        params = source.masks.only_existing(source.params)
         return functools.partial(run, (params, source.masks, source.batch_stats))
     return functools.partial(run, _restore(net, source))
 
 
-def _refuse_other_values(state: SparseState) -> None:
-    """Errors: parameters without a value for each connection, such as plain Flax kernels."""
-    if not isinstance(state.masks, Arena):
-        return
-    shape = getattr(state.params.get(VALUES, {}).get("kernel"), "shape", "missing")
-    if shape != state.masks.column.shape:
-        raise ConfigError(
-            f"state.params['{VALUES}']['kernel'] is {shape}, but must be "
-            f"{state.masks.column.shape}: in execution 'sparse' it holds the value of every "
-            "connection, in the place of the layers' kernels."
-        )
-
-
 def _kernels(state: SparseState) -> Iterator[tuple[str, Kernel]]:
     """The sparse layers' paths and kernels, on the host."""
-    _refuse_other_values(state)
-    arena = state.masks
-    if isinstance(arena, Arena):
-        values = np.asarray(state.params[VALUES]["kernel"])
-        for part in arena.parts:
-            here, position = positions(arena, part)
-            order = np.argsort(position)
-            yield part.layer.path, Kernel(part.layer.shape, position[order], values[here][order])
-        return
-    for path, kernel in kernels_of(state.params, arena).items():
-        position = np.flatnonzero(np.asarray(arena[path]))
-        yield path, Kernel(kernel.shape, position, np.asarray(kernel).reshape(-1)[position])
+    state.masks.refuse_values(state.params)
+    for layer, position, values in state.masks.on_host(state.params):
+        yield layer.path, Kernel(layer.shape, position, values)
 
 
 def _restore(net: Network, path: str | os.PathLike) -> tuple[Any, Connections, Any]:
@@ -143,22 +118,17 @@ def _restore(net: Network, path: str | os.PathLike) -> tuple[Any, Connections, A
     rest = traverse_util.flatten_dict(rest, sep="/")
     sparse = {f"params/{layer.path}/kernel": layer for layer in net.layers.values()}
     _refuse_another_network(path, {**entries, **kernels}, {**rest, **sparse})
-    values: dict[str, Any] = {}
-    masks: Connections = {}  # predictions need none
-    if net.execution == "sparse":
-        chosen = [
-            kernels.pop(name) if name in kernels else _nonzero(entries.pop(name)) for name in sparse
-        ]
-        counts = [kernel.values.size for kernel in chosen]
-        parts = lay_out(net, dict(zip(net.layers, counts, strict=True)))
-        masks, weights = fill(parts, (kernel[1:] for kernel in chosen))
-        values = {VALUES: {"kernel": jnp.asarray(weights)}}
-    entries |= {name: kernel.dense() for name, kernel in kernels.items()}
+    chosen = [
+        kernels.pop(name) if name in kernels else _nonzero(entries.pop(name)) for name in sparse
+    ]
+    counts = dict(zip(net.layers, (kernel.values.size for kernel in chosen), strict=True))
+    connect = EXECUTIONS[net.execution].connect
+    A, values = connect(net, counts, (kernel[1:] for kernel in chosen))
     leaves = {name: jnp.asarray(array) for name, array in entries.items()}
     for name in rest.keys() & leaves.keys():  # what was bfloat16 becomes that again
         leaves[name] = leaves[name].astype(rest[name].dtype)
     collections = traverse_util.unflatten_dict(leaves, sep="/")
-    return {**collections.pop("params", {}), **values}, masks, collections
+    return A.put(collections.pop("params", {}), values), A, collections
 
 
 def _refuse_another_network(path: str | os.PathLike, theirs: Mapping, ours: Mapping) -> None:

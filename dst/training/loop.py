@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -46,7 +46,7 @@ class Parts(NamedTuple):
     per_epoch: int
     looped: bool  # several steps a dispatch
     save: Callable[[SparseState], None]
-    thinned: Callable[[dict[str, int]], list[tuple[str, int, int]]]  # layers that lost nearly all
+    collapsed: Callable[[dict[str, int]], list[tuple[str, int, int]]]  # layers that lost nearly all
     writer: log.Log
     events: Callable[[], list[dict]]  # the log so far
     scored: int  # examples of pruning before training
@@ -200,7 +200,7 @@ def rewire(run: Parts, state: SparseState, step: int) -> SparseState:
         )
     run.writer.write("rewire", step, **report, seconds=time.monotonic() - begin)
     # A ramp takes nine tenths of most layers, as it should.
-    for path, now, first in [] if run.method.ramps else run.thinned(report["active"]):
+    for path, now, first in [] if run.method.ramps else run.collapsed(report["active"]):
         log.say(
             f"Layer {path} has {now} of its first {first} connections after the rewire of step "
             f"{step}; --config.layer_floor sets a share that every layer keeps."
@@ -248,3 +248,21 @@ def end(run: Parts, state: SparseState, step: int, test: dict[str, float] | None
     log.say(
         f"Test accuracy {test['test_accuracy']:.4f} at sparsity {sparsity_of(state.masks):.4f}."
     )
+
+
+def collapsed_layers(
+    first: Mapping[str, int],
+) -> Callable[[Mapping[str, int]], list[tuple[str, int, int]]]:
+    """A function of the counts: (layer, its count, its first) of those below a tenth of the first.
+
+    It remembers what it has told: each layer is told once.
+    """
+    told: set[str] = set()
+
+    def tell(active: Mapping[str, int]) -> list[tuple[str, int, int]]:
+        low = [(p, n, first[p]) for p, n in active.items() if 10 * n < first[p]]
+        new = [layer for layer in low if layer[0] not in told]
+        told.update(path for path, _, _ in new)
+        return new
+
+    return tell

@@ -16,7 +16,7 @@ from dst.data import pipeline as data
 from dst.methods.schedules import learning_rate
 from dst.methods.table import Method
 from dst.network import Network
-from dst.rewire import host_heuristic, rewire_body
+from dst.rewire import on_host, rewire_body
 from dst.state import SparseState
 from dst.update import BATCH_STREAM, parallel, replicate, stream, update_body
 
@@ -180,7 +180,5 @@ def make_steps(
         return rewire_one(state, fetch(state, resident, device), fg)
 
     rewire_all = parallel(one_rewire, (None, None, None, 0), devices, donate=(0,))
-    measure = host_heuristic(net, rule, classification)
-    return Steps(
-        update, lambda state, resident: rewire_all(state, resident, measure(state, None), index)
-    )
+    measure = on_host(net, rule)
+    return Steps(update, lambda state, resident: rewire_all(state, resident, measure(state), index))

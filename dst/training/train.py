@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 from dst import hosts, models
 from dst.config import ConfigError, check_devices
 from dst.connections.execution import described
-from dst.connections.masks import thinned
 from dst.data import pipeline as data
 from dst.methods.before import prune_at_init
 from dst.methods.lottery import levels, ticket, winning
@@ -29,7 +28,7 @@ from dst.network import Network, network
 from dst.state import SparseState, active_counts, first_counts, init_state
 from dst.training import checkpoint, figures, log, steps
 from dst.training.evaluate import make_evaluate
-from dst.training.loop import Parts, Stopped, loop
+from dst.training.loop import Parts, Stopped, collapsed_layers, loop
 from dst.training.steps import classification, make_steps, optimizer, residents, schedule
 from dst.update import replicate
 
@@ -137,13 +136,10 @@ def run_once(
         log.refuse_another_run(workdir, config.to_dict())
         header = log.header(config.to_dict())
         built = build(config, masks)
-        if config.execution == "sparse":
-            header["tier"] = described(
-                built.net,
-                *(built.state.params, built.state.masks, built.state.batch_stats),
-                train=True,
-            )
-            log.say(f"Sparse execution: {header['tier']}.")
+        variables = built.state.params, built.state.masks, built.state.batch_stats
+        if tier := described(built.net, *variables, train=True):
+            header["tier"] = tier
+            log.say(f"Sparse execution: {tier}.")
         manager = checkpoint.open_manager(workdir, config.checkpoints_kept)
         restored = restore(manager, built.state, config, workdir)
     state = built.state if restored is None else restored
@@ -188,7 +184,7 @@ def parts(
         per_epoch=built.per_epoch,
         looped=steps.looped(devices),
         save=lambda state: checkpoint.save(manager, state, record),
-        thinned=thinned(first_counts(net, rule)),
+        collapsed=collapsed_layers(first_counts(net, rule)),
         writer=writer,
         events=lambda: log.read(workdir / "metrics.jsonl")[1],
         scored=steps.ScoringBatches(config, dataset).examples,

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_digits
 
-from dst.connections.masks import active_count
 from dst.connections.products import tier
+from dst.methods.distributions import active_count
 from dst.state import active_counts
 from experiments.benchmarks import measure
 from experiments.benchmarks.mlp import EVERY, Task, compiled, state_of, tools

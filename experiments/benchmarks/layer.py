@@ -24,7 +24,7 @@ from jax import lax
 
 from dst.connections.arena import Arena, Part, fill, lay_out
 from dst.connections.backends import cpp as kernels
-from dst.connections.masks import random_positions
+from dst.connections.initial import random_positions
 from dst.connections.products import product
 from dst.network import Layer, Network
 from experiments.benchmarks import measure

@@ -26,7 +26,7 @@ import optax
 
 import dst
 from dst.connections.backends import cpp as kernels
-from dst.connections.masks import active_count
+from dst.methods.distributions import active_count
 from dst.models import MLP
 from experiments.benchmarks import measure
 

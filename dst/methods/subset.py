@@ -1,0 +1,230 @@
+"""Guided exploration: S is drawn from f x g, scored by the gradient on S, and the best |P| kept.
+
+S is drawn a chunk at a time and never held, where a layer's h and delta can be: its candidates are
+then scored as they come. Otherwise, where h and delta are maps and too large, or where memory of
+every possible connection is there anyway, S is held for a second pass, whose cotangents are the
+gradient on S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dst.connections.backends import cpp as kernels
+from dst.connections.backends.dispatch import compiled, on_cpu
+from dst.connections.base import Candidates, Connections, Part, no_candidates, table
+from dst.connections.select import best
+from dst.methods.arrivals import Pairs
+from dst.methods.grow import Sample, Source, room
+from dst.methods.heuristics import HEURISTICS, look
+from dst.methods.plan import Plan, asked, plan
+from dst.methods.sample import Sampling, alike, fold_subset, hold_subset, sampling
+from dst.methods.table import Method
+from dst.network import Layer, Network
+from dst.observe import gradient_at, gradient_on
+from dst.state import SparseState
+from dst.update import AXIS, REWIRE_STREAM, Loss, all_finite, run_loss, stream
+
+Array = jax.Array
+Layers = Mapping[str, Layer]
+Marginals = Mapping[str, tuple[Array, Array]]
+Held = dict[str, tuple[Array, Array]]  # of each layer S_l, flat positions, and its size
+
+
+def on_subset(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
+    """S: |S_l| distinct inactive connections of each layer, of which the best |P| are found."""
+    how, most = sampling(net, method, planned), room(net, method, planned)
+
+    def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
+        A = state.masks
+        later = scored_later(net, method, A)
+
+        def value(batch: Any) -> Callable:
+            return lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]
+
+        seen, fg = observed(net, method, state, later, value(batch), fg)
+        P = jnp.asarray(planned.grown)[event] if method.drop == "magnitude" else jnp.int32(most)
+        wanted = asked(method, jnp.asarray(planned.subset)[event], A.counts())
+        found = no_candidates(min(most, sum(how.sizes)), A.weights(state.params).dtype)
+        search = Search(state, how, seen, fg, wanted, jnp.minimum(P, found.row.size), salt)
+        tally = Sample(found, wanted.sum(), jnp.int32(0), all_finite(fg))
+        S: Held = {}
+        for group in alike(A.parts):
+            if A.parts[group[0]].layer.path in later:
+                S |= hold(how, A, search.key, group, fg, wanted)
+            else:
+                tally = lax.fori_loop(0, len(group), search.score(group), tally)
+        if not S:
+            return tally
+        realised = tally.realised + sum(count for _, count in S.values())
+        again = batch if A.holds_every_subset else later_than(realised, batch)
+        positions = {path: position for path, (position, _) in S.items()}
+        G = lax.pmean(gradient_on(later, value(again), positions), AXIS)
+        return search.rank(tally._replace(realised=realised), S, G)
+
+    return sample
+
+
+def drawing(net: Network, method: Method) -> Callable:
+    """`draw(key, A, f x g, event)`: S_l of each layer and its size, held: {path: (S_l, |S_l|)}."""
+    planned = plan(net, method)
+    how = sampling(net, method, planned)
+
+    def draw(key: Array, A: Connections, fg: Marginals, event: Array) -> Held:
+        wanted = asked(method, jnp.asarray(planned.subset)[event], A.counts())
+        S: Held = {}
+        for group in alike(A.parts):
+            S |= hold(how, A, key, group, fg, wanted)
+        return {path: S[path] for path in net.layers}
+
+    return draw
+
+
+def hold(
+    how: Sampling, A: Connections, key: Array, group: list[int], fg: Marginals, wanted: Array
+) -> Held:
+    """S_l of each layer of a group, flat positions int32 (size,), and how many there are."""
+    part, paths, index, f, g = of_group(A, fg, group)
+
+    def member(given: tuple) -> tuple[Array, Array]:
+        l, f, g = given
+        there = lambda column, output: A.find(l, column, output)  # noqa: E731
+        own, active = jax.random.fold_in(key, l), A.counts()[l]
+        return hold_subset(how, group[0], part, own, (f, g), wanted[l], active, there)
+
+    S, count = lax.map(member, (index, f, g))
+    return {path: (S[m], count[m]) for m, path in enumerate(paths)}
+
+
+def of_group(
+    A: Connections, fg: Marginals, group: list[int]
+) -> tuple[Part, list[str], Array, Array, Array]:
+    """A part of the group's shape; paths, indices int32 (L',), f and g (L', n) of its layers."""
+    paths = [A.parts[l].layer.path for l in group]
+    f, g = (jnp.stack([fg[path][n] for path in paths]) for n in (0, 1))
+    return A.parts[group[0]], paths, jnp.array(group, jnp.int32), f, g
+
+
+def scored_later(net: Network, method: Method, A: Connections) -> Layers:
+    """Layers whose S is held, and whose gradient on S takes a second pass.
+
+    Sketches hold h and delta of all layers, which then score S without another pass.
+    """
+    if A.holds_every_subset:
+        return net.layers
+    if HEURISTICS[method.heuristic].holds:
+        return {}
+    return {path: layer for path, layer in net.layers.items() if layer.kind == "conv"}
+
+
+def observed(
+    net: Network, method: Method, state: SparseState, later: Layers, value: Callable, fg: Any
+) -> tuple[Mapping[str, tuple[Array, Array]], Marginals]:
+    """h and delta of the layers that are held, and f x g: one pass, or none."""
+    heuristic = HEURISTICS[method.heuristic]
+    held = {p: layer for p, layer in net.layers.items() if heuristic.holds or p not in later}
+    summed = {p: layer for p, layer in later.items() if heuristic.sums}
+    seen = look(held, summed, value, state)
+    fg = heuristic.measure(net, state, seen) if heuristic.measure else fg
+    return seen.units, {path: fg[path] for path in net.layers}
+
+
+def later_than(first: Array, batch: Any) -> Any:
+    """The batch, once `first` is there.
+
+    Else XLA would see that the second pass begins as the first, and hold all maps between them.
+    """
+    wait = kernels.after if on_cpu() else lambda a, first: lax.optimization_barrier((a, first))[0]
+    real = lambda a: jnp.issubdtype(jnp.asarray(a).dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda a: wait(a, first) if real(a) else a, batch)
+
+
+class Search:
+    """One rewire's search for the best of S, a group of layers of one shape at a time."""
+
+    def __init__(
+        self,
+        state: SparseState,
+        how: Sampling,
+        units: Mapping[str, tuple[Array, Array]],
+        fg: Marginals,
+        wanted: Array,
+        P: Array,
+        salt: Array,
+    ):
+        self.A, self.key = state.masks, stream(state, REWIRE_STREAM)
+        self.how, self.units, self.fg, self.wanted = how, units, fg, wanted
+        self.P, self.salt = P, salt
+
+    def score(self, group: list[int]) -> Callable[[Array, Sample], Sample]:
+        """(m, tally) -> tally: S_l of the m-th layer scored, the best of it among those so far."""
+        part, paths, index, f, g = of_group(self.A, self.fg, group)
+        firsts = table([self.A.parts[l] for l in group], "first")
+        scores = [
+            scorer(self.A.parts[l], self.units[path]) for l, path in zip(group, paths, strict=True)
+        ]
+
+        def member(m: Array, tally: Sample) -> Sample:
+            l, first = index[m], firsts[m]
+
+            def visit(carry: tuple[Candidates, Array], pairs: Pairs, chosen: Array):
+                score = jnp.where(chosen, lax.switch(m, scores, pairs.column, pairs.output), -1)
+                row = part.row(pairs.column, pairs.output) + first
+                return self._ranked(*carry, row, pairs.column, score)
+
+            (found, finite), count = fold_subset(
+                self.how,
+                group[0],
+                part,
+                jax.random.fold_in(self.key, l),
+                (f[m], g[m]),
+                self.wanted[l],
+                self.A.counts()[l],
+                lambda column, output: self.A.find(l, column, output),
+                visit,
+                (tally.found, tally.finite),
+            )
+            return Sample(found, tally.asked, tally.realised + count, finite)
+
+        return member
+
+    def rank(self, tally: Sample, S: Mapping[str, tuple[Array, Array]], G: Any) -> Sample:
+        """The best of what is held among those so far, by the gradients on it."""
+        rows, columns, scores = [], [], []
+        for part in self.A.parts:
+            if part.layer.path in S:
+                position, count = S[part.layer.path]
+                column, output = jnp.divmod(position, part.n_out)
+                counts = jnp.arange(position.size) < count
+                rows.append(part.row(column, output) + part.first)
+                columns.append(column)
+                scores.append(jnp.where(counts, jnp.abs(G[part.layer.path]), -1))
+        listed = (jnp.concatenate(a) for a in (rows, columns, scores))
+        found, finite = self._ranked(tally.found, tally.finite, *listed)
+        return tally._replace(found=found, finite=finite)
+
+    def _ranked(
+        self, found: Candidates, finite: Array, row: Array, column: Array, score: Array
+    ) -> tuple[Candidates, Array]:
+        """The best with these among them, and whether all scores were finite; -1 is none."""
+        new = Candidates(row, column, score.astype(found.score.dtype))
+        return best(found, new, self.P, self.salt), finite & jnp.isfinite(score).all()
+
+
+def scorer(part: Part, units: tuple[Array, Array]) -> Callable[[Array, Array], Array]:
+    """|dL/dw| of candidates (column, output), from h and delta."""
+    h, delta = units
+
+    def score(column: Array, output: Array) -> Array:
+        if part.layer.kind == "dense" and compiled(h) and compiled(delta):
+            G = kernels.gradient_on(column, output, h, delta)
+        else:
+            G = gradient_at(part.layer, h, delta, column, output)
+        return jnp.abs(lax.pmean(G, AXIS))
+
+    return score
