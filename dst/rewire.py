@@ -21,11 +21,11 @@ import numpy as np
 import optax
 from jax import lax
 
-from dst.config import ConfigError
 from dst.connections.hashing import hashes_at
 from dst.connections.masks import dead_units
 from dst.connections.moments import recognise, reset_inactive
 from dst.connections.select import bits, lowest
+from dst.errors import ConfigError
 from dst.methods.candidates import Candidates, candidates
 from dst.methods.combinations import check, check_execution
 from dst.methods.drop import DROPS, weakest

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 from flax import struct, traverse_util
 
-from dst.config import ConfigError
 from dst.connections.arena import VALUES, Arena, Connections, fill, lay_out
 from dst.connections.execution import init_rest
 from dst.connections.masks import active_count, fan_in_weights, layer_counts, random_positions
 from dst.connections.moments import recognise, refuse_unless_coordinate_wise
+from dst.errors import ConfigError
 from dst.methods.combinations import check, check_execution
 from dst.methods.memory import first_memory
 from dst.methods.table import Method

@@ -29,9 +29,10 @@ from ml_collections import ConfigDict
 
 import dst
 from dst import models
-from dst.config import TRAIN_IMAGES, ConfigError
+from dst.config import TRAIN_IMAGES
 from dst.connections.masks import active_count
 from dst.data import pipeline as data
+from dst.errors import ConfigError
 from dst.methods.heuristics import HEURISTICS
 from dst.methods.memory import begun
 from dst.methods.plan import due, plan

@@ -34,7 +34,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dst import hosts
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.main import complain
 from dst.methods.candidates import by_dense_gradient, drawing, everything, positions
 from dst.methods.heuristics import HEURISTICS, ON_HOST

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dst.config import OPERATIONAL, TRAIN_IMAGES, ConfigError, check_field, default, load, validate
+from dst.config import OPERATIONAL, TRAIN_IMAGES, check_field, default, load, validate
 from dst.data.pipeline import steps_per_epoch
+from dst.errors import ConfigError
 from dst.methods.lottery import levels
 from dst.methods.table import never_read, resolve
 from dst.training.log import read

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.training import figures, log
 from dst.training.signals import stop_signals
 from experiments.runs import ROOT, Finished, Run, finished, override, share_done, work

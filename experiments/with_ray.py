@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from experiments.runs import ROOT, Run
 from experiments.sweep import BAD_INPUT, Codes, perform
 

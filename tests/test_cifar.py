@@ -14,9 +14,9 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums, resource
 
-from dst.config import ConfigError
 from dst.data import cifar
 from dst.data import pipeline as data
+from dst.errors import ConfigError
 
 TRAIN, TEST = 60, 20
 

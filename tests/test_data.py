@@ -13,8 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import dst
-from dst.config import ConfigError
 from dst.data import pipeline as data
+from dst.errors import ConfigError
 from dst.update import stream
 from tests import tiny
 

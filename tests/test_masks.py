@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dst.config import ConfigError
 from dst.connections import masks
 from dst.connections.masks import (
     DISTRIBUTIONS,
@@ -24,6 +23,7 @@ from dst.connections.masks import (
     random_positions,
     thinned,
 )
+from dst.errors import ConfigError
 from tests.tiny import kernels as kernels_of
 from tests.tiny import setup
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from dst.config import ConfigError
 from dst.connections.execution import init_rest
 from dst.connections.moments import refuse_unless_coordinate_wise
+from dst.errors import ConfigError
 from dst.network import network
 
 

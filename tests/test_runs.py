@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dst.config import METHODS, ConfigError
+from dst.config import METHODS
 from dst.connections.masks import active_count
+from dst.errors import ConfigError
 from dst.methods.schedules import events
 from dst.training.log import headers, read
 from experiments import layer_sparsity, memory, subset_size, sweep, table1, width

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.network import Layer, Network
 
 Array = jax.Array

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dst.config import ConfigError
 from dst.connections.arena import VALUES, Arena, Connections, rows_of
 from dst.connections.moments import recognise
 from dst.connections.select import locate
+from dst.errors import ConfigError
 from dst.state import SparseState
 
 Array = jax.Array

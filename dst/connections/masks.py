@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.methods.schedules import largest_remainder
 
 Shapes = Mapping[str, tuple[int, ...]]

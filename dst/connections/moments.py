@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from dst.config import ConfigError, quoted
+from dst.errors import ConfigError, quoted
 from dst.network import Layer
 
 Array = jax.Array

@@ -24,7 +24,7 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tensorflow_datasets.image_classification import cifar
 from tqdm import tqdm
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 
 
 class Cifar10(cifar.Cifar10, skip_registration=True):  # type: ignore[call-arg]

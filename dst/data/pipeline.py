@@ -16,7 +16,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 
 Array = jax.Array
 

@@ -27,8 +27,8 @@ import optax
 from jax import lax
 
 from dst import hosts
-from dst.config import ConfigError
 from dst.connections.masks import active_count, strongest
+from dst.errors import ConfigError
 from dst.methods.combinations import check_execution
 from dst.methods.heuristics import NOTHING, check_flow, check_inputs, total_flow, without_dropout
 from dst.methods.memory import begun

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst.config import ConfigError
 from dst.connections.arena import Arena, Connections
 from dst.connections.execution import linear, part_of, variables_of
+from dst.errors import ConfigError
 from dst.layers.obstacle import obstacle
 from dst.network import Layer, Network, describe, is_layer
 from dst.observe import marginals, observe, window

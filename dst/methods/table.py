@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dst.config import TRAIN_IMAGES, ConfigError, Rule, check_field, check_value, choice, default
+from dst.config import TRAIN_IMAGES, check_field, default, field_rule
+from dst.errors import ConfigError, Rule, check_value, choice
 from dst.methods.combinations import check, check_execution, unread
 
 
@@ -192,7 +193,8 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
     options = {f: v.item() if isinstance(v, np.generic) else v for f, v in options.items()}
     for field, value in options.items():
         if value is not None or field != "initial":
-            check_value(field, value, RULES[field])
+            rule = RULES[field]
+            check_value(field, value, field_rule(rule) if isinstance(rule, str) else rule)
     row = Method(name, 0.0 if name == "dense" else sparsity)._replace(**ROWS[name])
     made = row._replace(**options)
     if made.initial != row.initial and made.drop != "magnitude":

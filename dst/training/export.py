@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dst.config import ConfigError
 from dst.connections.arena import VALUES, Arena, Connections, fill, lay_out, positions
 from dst.connections.execution import forward, init_rest
+from dst.errors import ConfigError
 from dst.network import Network
 from dst.state import SparseState, kernels_of, masks_of
 from dst.update import mask_kernels

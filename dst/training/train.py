@@ -17,10 +17,11 @@ import optax
 from ml_collections import ConfigDict
 
 from dst import hosts, models
-from dst.config import ConfigError, check_devices
+from dst.config import check_devices
 from dst.connections.execution import described
 from dst.connections.masks import thinned
 from dst.data import pipeline as data
+from dst.errors import ConfigError
 from dst.methods.before import prune_at_init
 from dst.methods.lottery import levels, ticket, winning
 from dst.methods.memory import begun
