@@ -1,6 +1,6 @@
 """What can be set in a run, and to what: `default`, `load`, `validate`, `check_devices`.
 
-Imports no JAX, so that a mistake is reported before anything slow happens.
+What data sets and models there are, and what each needs, the rooms say: `dst.data`, `dst.models`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from dst.data.table import DATASETS
 from dst.errors import (
     YES_OR_NO,
     ConfigError,
@@ -24,8 +25,10 @@ from dst.errors import (
     is_int,
     is_number,
     number,
+    one_of,
     tuple_of,
 )
+from dst.models.table import MODELS, check_images
 
 METHODS = (
     *("dense", "lottery", "pruning", "snip", "grasp", "grasp_abs", "synflow"),
@@ -37,7 +40,6 @@ OPERATIONAL = (
     *("data_dir", "devices", "eval_every", "eval_batch_size"),
     *("checkpoint_every", "checkpoints_kept"),
 )
-TRAIN_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
 
 
 def default() -> ConfigDict:
@@ -45,12 +47,12 @@ def default() -> ConfigDict:
     config = ConfigDict()
 
     # Data.
-    config.dataset = "cifar10"  # 'digits', 'cifar10' or 'cifar100'
+    config.dataset = "cifar10"  # 'digits', 'cifar10', 'cifar100' or your own: dst/data/__init__.py
     config.data_dir = ""  # TFDS folder; '' is TFDS's own default, ~/tensorflow_datasets
     config.validation_size = 0  # training images held out for early stopping; 0: training loss
 
     # Model.
-    config.model = "resnet"  # 'mlp', 'resnet' or 'vgg'
+    config.model = "resnet"  # 'mlp', 'resnet', 'vgg' or your own: dst/models/__init__.py
     config.depth = 56  # resnet only: 6n+2 layers
     config.width = 1.0  # resnet and vgg: factor on every layer's channels
     config.hidden = (1024, 1024)  # mlp only: units of each hidden layer
@@ -107,10 +109,10 @@ OWN_VALUE = (
 )
 _SPARSITY = number(lambda v: 0 <= v < 1, "in [0, 1)")
 _RULES: dict[str, Rule] = {
-    "dataset": choice(*TRAIN_IMAGES),
+    "dataset": one_of(DATASETS),
     "data_dir": (lambda v: isinstance(v, str), "the path of a folder, as a string"),
     "validation_size": integer(0),
-    "model": choice("mlp", "resnet", "vgg"),
+    "model": one_of(MODELS),
     "depth": (lambda v: is_int(v) and v >= 8 and v % 6 == 2, "6n+2 with n >= 1 (8, 14, ... 56)"),
     # Both networks start with 16 channels.
     "width": number(lambda v: v >= 1 / 16, ">= 0.0625, one channel in the first layer"),
@@ -171,6 +173,8 @@ def load(path: str | None) -> ConfigDict:
     try:
         get_config = runpy.run_path(path).get("get_config")
         config = get_config() if callable(get_config) else None
+    except ConfigError as error:  # of a name that it registers
+        raise ConfigError(f"{path}: {error}") from error
     except Exception as error:  # a file can go wrong in any way; the last line says how
         inner: Any = error
         if error.args and isinstance(error.args[0], KeyError):
@@ -211,17 +215,14 @@ def validate(config: ConfigDict) -> None:
         if field not in config:
             raise ConfigError(f'The field "{field}" is missing; start from dst.config.default().')
         check_field(field, config[field])
-    left = TRAIN_IMAGES[config.dataset] - config.validation_size
+    source = DATASETS[config.dataset]
+    left = source.train_images - config.validation_size
     if config.batch_size > left:
         raise ConfigError(
             f"batch_size must be at most {max(left, 0)}, the training images of {config.dataset!r} "
             f"less validation_size {config.validation_size}, not {config.batch_size}."
         )
-    if config.model == "vgg" and config.dataset == "digits":
-        raise ConfigError(
-            "model 'vgg' halves 32x32 images five times; for the 8x8 images of dataset 'digits' "
-            "it must be 'mlp' or 'resnet'."
-        )
+    check_images(config.model, source.image[0], config.dataset)
     from dst.methods.table import check_config  # which imports this module
 
     check_config(config)
