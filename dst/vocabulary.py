@@ -27,14 +27,14 @@ class Names(Mapping[str, Row], Generic[Row]):
         Raises: ConfigError for a name that exists already, one that no folder may have, a bad row.
         """
         file = os.path.abspath(sys._getframe(1).f_code.co_filename)
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.]*", name):
+            raise ConfigError(
+                f"the name of a {self._what} must be letters, digits, '_' and '.', not {name!r}."
+            )
         if name in self._rows and self._files.get(name) != file:
             where = f"in {self._files[name]}" if name in self._files else "in dst itself"
             raise ConfigError(
                 f"{self._what} {name!r} exists already, {where}; choose another name."
-            )
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.]*", name):
-            raise ConfigError(
-                f"the name of a {self._what} must be letters, digits, '_' and '.', not {name!r}."
             )
         who = f"{self._what} {name!r}"
         if not isinstance(row, self._kind):

@@ -171,6 +171,7 @@ def test_a_class_with_one_image_cannot_be_split():
             r"^model 'vgg' exists already, in dst itself; choose another name\.$",
         ),
         (DATASETS, "a-b", None, r"^the name of a dataset must be letters, .*, not 'a-b'\.$"),
+        (MODELS, ["own"], None, r"^the name of a model must be letters, .*, not \['own'\]\.$"),
         (MODELS, 3, None, r"^the name of a model must be letters, .*, not 3\.$"),
         (
             DATASETS,
