@@ -1,7 +1,7 @@
 """Dynamic sparse training with guided stochastic exploration, in JAX and Flax."""
 
-from dst.config import ConfigError
 from dst.connections.carry import carry
+from dst.errors import ConfigError
 from dst.methods import lottery
 from dst.methods.before import prune_at_init
 from dst.methods.plan import due

@@ -1,21 +1,34 @@
 """What can be set in a run, and to what: `default`, `load`, `validate`, `check_devices`.
 
-Imports no JAX, so that a mistake is reported before anything slow happens.
+What data sets and models there are, and what each needs, the rooms say: `dst.data`, `dst.models`.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import runpy
-import textwrap
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from dst.data.table import DATASETS
+from dst.errors import (
+    YES_OR_NO,
+    ConfigError,
+    Rule,
+    check_value,
+    choice,
+    integer,
+    is_int,
+    is_number,
+    number,
+    one_of,
+    tuple_of,
+)
+from dst.models.table import MODELS, check_images
 
 METHODS = (
     *("dense", "lottery", "pruning", "snip", "grasp", "grasp_abs", "synflow"),
@@ -27,19 +40,6 @@ OPERATIONAL = (
     *("data_dir", "devices", "eval_every", "eval_batch_size"),
     *("checkpoint_every", "checkpoints_kept"),
 )
-TRAIN_IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
-
-
-Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed; what is, in words
-
-
-class ConfigError(ValueError):
-    """A mistake of the user's, told in one sentence that says what is allowed; exit code 2."""
-
-
-def quoted(error: BaseException) -> str:
-    """Another's error within a sentence: its type and text, on one line and not too long."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
 
 
 def default() -> ConfigDict:
@@ -47,12 +47,12 @@ def default() -> ConfigDict:
     config = ConfigDict()
 
     # Data.
-    config.dataset = "cifar10"  # 'digits', 'cifar10' or 'cifar100'
+    config.dataset = "cifar10"  # 'digits', 'cifar10', 'cifar100' or your own: dst/data/__init__.py
     config.data_dir = ""  # TFDS folder; '' is TFDS's own default, ~/tensorflow_datasets
     config.validation_size = 0  # training images held out for early stopping; 0: training loss
 
     # Model.
-    config.model = "resnet"  # 'mlp', 'resnet' or 'vgg'
+    config.model = "resnet"  # 'mlp', 'resnet', 'vgg' or your own: dst/models/__init__.py
     config.depth = 56  # resnet only: 6n+2 layers
     config.width = 1.0  # resnet and vgg: factor on every layer's channels
     config.hidden = (1024, 1024)  # mlp only: units of each hidden layer
@@ -102,54 +102,23 @@ def default() -> ConfigDict:
     return config.lock()
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def choice(*names: str) -> Rule:
-    """One of these strings."""
-    allowed = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
-    return lambda v: isinstance(v, str) and v in names, allowed
-
-
-def integer(low: int, high: float = math.inf) -> Rule:
-    """An integer from `low` to `high`."""
-    allowed = f"an integer >= {low}" if high == math.inf else f"an integer from {low} to {high}"
-    return lambda v: _is_int(v) and low <= v <= high, allowed
-
-
-def number(inside: Callable[[float], bool], allowed: str) -> Rule:
-    """A finite number for which `inside` is true."""
-    return lambda v: _is_number(v) and inside(v), f"a number {allowed}"
-
-
-def _tuple(each: Callable[[Any], bool], inside: Callable[[tuple], bool], allowed: str) -> Rule:
-    def ok(v: Any) -> bool:
-        return isinstance(v, tuple) and all(map(each, v)) and inside(v)
-
-    return ok, allowed
-
-
 # Fields that may be None, which stands for the method's own value.
 OWN_VALUE = (
     *("initial_sparsity", "distribution", "heuristic", "drop_fraction", "rewire_every"),
     *("rewire_end_epoch", "subset_ratio", "sampling_rounds", "grasp_temperature"),
 )
-YES_OR_NO: Rule = (lambda v: isinstance(v, bool), "True or False")
 _SPARSITY = number(lambda v: 0 <= v < 1, "in [0, 1)")
 _RULES: dict[str, Rule] = {
-    "dataset": choice(*TRAIN_IMAGES),
+    "dataset": one_of(DATASETS),
     "data_dir": (lambda v: isinstance(v, str), "the path of a folder, as a string"),
     "validation_size": integer(0),
-    "model": choice("mlp", "resnet", "vgg"),
-    "depth": (lambda v: _is_int(v) and v >= 8 and v % 6 == 2, "6n+2 with n >= 1 (8, 14, ... 56)"),
+    "model": one_of(MODELS),
+    "depth": (lambda v: is_int(v) and v >= 8 and v % 6 == 2, "6n+2 with n >= 1 (8, 14, ... 56)"),
     # Both networks start with 16 channels.
     "width": number(lambda v: v >= 1 / 16, ">= 0.0625, one channel in the first layer"),
-    "hidden": _tuple(lambda i: _is_int(i) and i >= 1, bool, "a tuple of one or more integers >= 1"),
+    "hidden": tuple_of(
+        lambda i: is_int(i) and i >= 1, bool, "a tuple of one or more integers >= 1"
+    ),
     "precision": choice("float32", "bfloat16"),
     "method": choice(*METHODS),
     "execution": choice("masked", "sparse"),
@@ -169,16 +138,16 @@ _RULES: dict[str, Rule] = {
     "track_explored": YES_OR_NO,
     "grasp_temperature": number(lambda v: v > 0, "> 0"),
     "score_batches": integer(0),
-    "lottery_levels": _tuple(
-        lambda v: _is_number(v) and 0 <= v < 1,
+    "lottery_levels": tuple_of(
+        lambda v: is_number(v) and 0 <= v < 1,
         lambda v: all(a < b for a, b in pairwise(v)),
         "a tuple of increasing numbers in [0, 1)",
     ),
     "epochs": integer(1),
     "batch_size": integer(1),
     "learning_rate": number(lambda v: v > 0, "> 0"),
-    "lr_drop_epochs": _tuple(
-        lambda i: _is_number(i) and i > 0,
+    "lr_drop_epochs": tuple_of(
+        lambda i: is_number(i) and i > 0,
         lambda v: all(a < b for a, b in pairwise(v)),
         "a tuple of increasing numbers > 0",
     ),
@@ -204,6 +173,8 @@ def load(path: str | None) -> ConfigDict:
     try:
         get_config = runpy.run_path(path).get("get_config")
         config = get_config() if callable(get_config) else None
+    except ConfigError as error:  # of a name that it registers
+        raise ConfigError(f"{path}: {error}") from error
     except Exception as error:  # a file can go wrong in any way; the last line says how
         inner: Any = error
         if error.args and isinstance(error.args[0], KeyError):
@@ -231,11 +202,9 @@ def check_field(field: str, value: Any) -> None:
         check_value(field, value, _RULES[field])
 
 
-def check_value(name: str, value: Any, rule: Rule | str) -> None:
-    """`ConfigError` that calls it `name` if `value` breaks a rule; a string is a field's rule."""
-    ok, allowed = _RULES[rule] if isinstance(rule, str) else rule
-    if not ok(value):
-        raise ConfigError(f"{name} must be {allowed}, not {value!r}.")
+def field_rule(field: str) -> Rule:
+    """What the field may be, None aside."""
+    return _RULES[field]
 
 
 def validate(config: ConfigDict) -> None:
@@ -246,17 +215,14 @@ def validate(config: ConfigDict) -> None:
         if field not in config:
             raise ConfigError(f'The field "{field}" is missing; start from dst.config.default().')
         check_field(field, config[field])
-    left = TRAIN_IMAGES[config.dataset] - config.validation_size
+    source = DATASETS[config.dataset]
+    left = source.train_images - config.validation_size
     if config.batch_size > left:
         raise ConfigError(
             f"batch_size must be at most {max(left, 0)}, the training images of {config.dataset!r} "
             f"less validation_size {config.validation_size}, not {config.batch_size}."
         )
-    if config.model == "vgg" and config.dataset == "digits":
-        raise ConfigError(
-            "model 'vgg' halves 32x32 images five times; for the 8x8 images of dataset 'digits' "
-            "it must be 'mlp' or 'resnet'."
-        )
+    check_images(config.model, source.image[0], config.dataset)
     from dst.methods.table import check_config  # which imports this module
 
     check_config(config)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 
 
 def is_first() -> bool:

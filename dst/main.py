@@ -27,7 +27,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dst.config import ConfigError, check_field, check_name, load, validate
+from dst.config import check_field, check_name, load, validate
+from dst.errors import ConfigError
 from dst.methods.table import resolve
 from dst.training import launch, runtime
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
-from dst.config import ConfigError, check_field, quoted
+from dst.config import check_field
+from dst.errors import ConfigError, quoted
 from dst.layers.obstacle import jitted, mapped, obstacle, pair, unlike_float32
 from dst.sown import Path, sown
 

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
-from dst.config import ConfigError
 from dst.connections.backends import cpp as kernels
 from dst.connections.backends import maps
 from dst.connections.backends.dispatch import covered
 from dst.connections.fusion import plainly, region
+from dst.errors import ConfigError
 from dst.network import Layer, is_foreign, is_layer, layer_path, skipped
 
 Array = jax.Array

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dst.config import ConfigError
 from dst.connections.base import Candidates, Moves, bits, lowest, row_salts
 from dst.connections.hashing import hashed
 from dst.connections.masks import reset
 from dst.connections.moments import recognise
+from dst.errors import ConfigError
 from dst.methods.combinations import check, check_execution
 from dst.methods.drop import DROPS, View
 from dst.methods.grow import Sample, Source, by_chance_alone, everything, nothing, room

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from dst.config import ConfigError
 from dst.connections.base import Connections
 from dst.connections.execution import EXECUTIONS, init_rest
 from dst.connections.initial import fan_in_weights, random_positions
 from dst.connections.moments import recognise
+from dst.errors import ConfigError
 from dst.methods.combinations import check, check_execution
 from dst.methods.distributions import active_count, layer_counts
 from dst.methods.memory import first_memory

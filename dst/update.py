@@ -15,10 +15,10 @@ from flax.core.scope import in_filter, subtract_filters, union_filters
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dst import hosts
-from dst.config import ConfigError
 from dst.connections.arena import VALUES
 from dst.connections.execution import forward
 from dst.connections.moments import recognise
+from dst.errors import ConfigError
 from dst.methods.memory import follow, refuse_waiting
 from dst.network import Network
 from dst.sown import entries

@@ -29,8 +29,9 @@ from ml_collections import ConfigDict
 
 import dst
 from dst import models
-from dst.config import TRAIN_IMAGES, ConfigError
+from dst.data import DATASETS
 from dst.data import pipeline as data
+from dst.errors import ConfigError
 from dst.methods.distributions import active_count
 from dst.methods.heuristics import HEURISTICS
 from dst.methods.memory import begun
@@ -38,7 +39,7 @@ from dst.methods.plan import due, plan
 from dst.methods.schedules import largest_remainder
 from dst.methods.table import ROWS, Method, method_of
 from dst.network import Network
-from dst.rewire import host_heuristic, rewire_body
+from dst.rewire import on_host, rewire_body
 from dst.state import first_counts
 from dst.training import cost, log
 from dst.update import parallel, update_body
@@ -46,7 +47,6 @@ from experiments.benchmarks import measure
 from experiments.runs import configured, training_steps, trainings
 from experiments.runs import logged as config_of
 
-DATA = {"digits": ((8, 8, 1), 10), "cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100)}
 WIDE, BATCH = 2048, 8  # the layer of --measure, and a batch whose activations are nothing beside it
 EXECUTIONS = ("masked", "sparse")
 
@@ -84,16 +84,16 @@ def order(method: Method) -> str:
 def network_of(dataset: str, model: str, depth: int, width: float, hidden: tuple) -> Network:
     """A run's network."""
     config = configured(dataset=dataset, model=model, depth=depth, width=width, hidden=hidden)
-    shape, classes = DATA[dataset]
-    example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    return dst.network(models.build(config, classes), example, train=False)
+    source = DATASETS[dataset]
+    example = jax.ShapeDtypeStruct((1, *source.image), jnp.float32)
+    return dst.network(models.build(config, source.num_classes), example, train=False)
 
 
 class Run:
     """What a config says of a run before it starts."""
 
     def __init__(self, config: ConfigDict):
-        images = TRAIN_IMAGES[config.dataset] - config.validation_size
+        images = DATASETS[config.dataset].train_images - config.validation_size
         per_epoch = data.steps_per_epoch(images, config.batch_size)
         self.net = network_of(
             config.dataset, config.model, config.depth, config.width, config.hidden
@@ -186,7 +186,7 @@ def xla_words(config: ConfigDict) -> tuple[float | None, float | None]:
     if not method.moves:
         return step, None
     state = state.replace(step=jnp.int32(method.every))
-    fg = host_heuristic(net, method, square)(state, batch)
+    fg = on_host(net, method)(state)
     body = rewire_body(net, tx, method, square)
     return step, words(body, (None, 0, None), state, batch, fg)
 

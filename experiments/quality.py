@@ -34,7 +34,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dst import hosts
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.main import complain
 from dst.methods.grow import by_dense_gradient
 from dst.methods.heuristics import HEURISTICS, marginals_of

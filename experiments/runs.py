@@ -19,14 +19,18 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dst.config import OPERATIONAL, TRAIN_IMAGES, ConfigError, check_field, default, load, validate
+from dst.config import OPERATIONAL, check_field, default, load, validate
+from dst.data import DATASETS
 from dst.data.pipeline import steps_per_epoch
+from dst.errors import ConfigError
 from dst.methods.lottery import levels
 from dst.methods.table import never_read, resolve
+from dst.models import MODELS
 from dst.training.log import read
 
 ROOT = Path(__file__).parents[1]
-STEP_COST = {"vgg": 1.0, "resnet": 7.0, "mlp": 0.1}  # measured on CPU; only for progress and ETA
+# Measured on CPU, a user's model aside; only for progress and ETA.
+STEP_COST = {"vgg": 1.0, "resnet": 7.0, "mlp": 0.1}
 
 
 class Run(NamedTuple):
@@ -187,7 +191,7 @@ def trainings(config: ConfigDict) -> tuple[float, ...]:
 
 def training_steps(config: ConfigDict) -> int:
     """Update steps of one training."""
-    images = TRAIN_IMAGES[config.dataset] - config.validation_size
+    images = DATASETS[config.dataset].train_images - config.validation_size
     return config.epochs * steps_per_epoch(images, config.batch_size)
 
 
@@ -199,8 +203,8 @@ def total_steps(run: Run) -> int:
 def work(run: Run) -> float:
     """How much there is to compute, in steps of VGG-16: weighs the runs of a sweep."""
     config = run.config()
-    width = 1.0 if config.model == "mlp" else config.width
-    return total_steps(run) * STEP_COST[config.model] * width**2
+    width = config.width if "width" in MODELS[config.model].reads else 1.0
+    return total_steps(run) * STEP_COST.get(config.model, 1.0) * width**2
 
 
 def share_done(run: Run, out: Path) -> float:

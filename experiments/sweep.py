@@ -7,7 +7,6 @@
   --dry-run    print the commands of what is not finished, run nothing
   --collect    the table and the figure of what is finished, run nothing
   --engine     local: one run after the other; ray: as many as fit on a Ray cluster
-  --slurm      print an array script for sbatch, run nothing
   --config.*   one more thing that all runs have, as in dst.main
 
 The same command goes on where it was stopped: finished runs are skipped, broken ones resume.
@@ -19,7 +18,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -29,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.training import figures, log
 from dst.training.signals import stop_signals
 from experiments.runs import ROOT, Finished, Run, finished, override, share_done, work
@@ -78,8 +76,6 @@ def parse(experiment: Experiment, arguments: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true")
     what.add_argument("--collect", action="store_true")
-    what.add_argument("--slurm", action="store_true")
-    what.add_argument("--task", type=int, help="only the run of this number (Slurm's)")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     parser.add_argument("--cpus-per-run", type=float, default=1, help="with ray")
     parser.add_argument("--gpus-per-run", type=float, default=0, help="with ray")
@@ -221,24 +217,6 @@ def dry(runs: list[Run], out: Path) -> None:
         print(run.shown(out))
 
 
-def slurm(experiment: Experiment, arguments: list[str], runs: list[Run]) -> str:
-    """An array script: a task a run; one that is requeued resumes."""
-    again = shlex.join(argument for argument in arguments if argument != "--slurm")
-    return f"""\
-#!/bin/bash
-#SBATCH --job-name=dst-{experiment.name}
-#SBATCH --array=0-{len(runs) - 1}
-#SBATCH --output=slurm-%A-%a.txt
-#SBATCH --requeue
-#SBATCH --signal=B:TERM@120
-# Two minutes before its time is up a run saves and stops; submitted again, it goes on.
-# Add what your cluster asks for: --partition, --time, --gres=gpu:1
-cd {shlex.quote(str(ROOT))}
-exec {shlex.quote(sys.executable)} -m experiments.{experiment.name} {again} \\
-  --task="$SLURM_ARRAY_TASK_ID"
-"""
-
-
 def results(experiment: Experiment, arguments: list[str]) -> tuple[Any, list[Finished]]:
     """The options of a command line and what is finished of its runs, for notebooks."""
     options = parse(experiment, arguments)
@@ -270,16 +248,9 @@ def main(experiment: Experiment, arguments: list[str] | None = None) -> int:
     try:
         options = parse(experiment, arguments)
         runs = expand(experiment, options)
-        if options.task is not None and not 0 <= options.task < len(runs):
-            raise ConfigError(f"--task must be from 0 to {len(runs) - 1}, not {options.task}.")
         if options.dry_run:
             dry(runs, options.out)
             return 0
-        if options.slurm:
-            print(slurm(experiment, arguments, runs), end="")
-            return 0
-        if options.task is not None:
-            return go(experiment, options, [runs[options.task]])
         code = 0 if options.collect else go(experiment, options, runs)
         collect(experiment, options, runs)
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough

@@ -1,7 +1,9 @@
 """The same sweep on Ray: `pip install 'dst-jax[ray]'`, then --engine=ray.
 
 `ray.init` takes the cluster of RAY_ADDRESS, or starts one on this machine. All nodes must see the
-project and --out under the same paths.
+project and --out under the same paths. In an allocation of Slurm's, `srun ray symmetric-run
+--address=HOST:6379 -- python -m experiments.NAME --engine=ray` makes a cluster of its nodes first,
+HOST the first of them; submitted again, the sweep goes on.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from experiments.runs import ROOT, Run
 from experiments.sweep import BAD_INPUT, Codes, perform
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dst.config import ConfigError
 from dst.connections.arena import BLOCK, PER_ROW, Arena, fill, lay_out, place, positions, rows_of
+from dst.errors import ConfigError
 from dst.network import Layer, Network
 from tests.arenas import listed, ordered, parts_of, possible, random_case, slices
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from dst.data import load
 from dst.data import pipeline as data
 from dst.methods.distributions import active_count
 from dst.methods.lottery import winning
@@ -137,7 +138,7 @@ def test_patience_waits_for_the_ramp(tmp_path):
 def test_scoring_sees_the_whole_training_set_as_it_is():
     """All 1,437 digits in their order, the last batch smaller; `score_batches` cuts it short."""
     config = small(method="snip")
-    dataset = data.load("digits")
+    dataset = load("digits")
     batches = steps.ScoringBatches(config, dataset)
     sizes = [len(labels) for _, labels in batches]
     assert sizes == [128] * 11 + [29] and batches.examples == sum(sizes) == 1437

@@ -19,7 +19,8 @@ import optax
 import pytest
 from flax import struct
 
-from dst.config import OPERATIONAL, ConfigError
+from dst.config import OPERATIONAL
+from dst.errors import ConfigError
 from dst.training import checkpoint
 
 CONFIG = {"seed": 0, "learning_rate": 0.1, "hidden": (8, 8)}

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import shutil
+import subprocess
 import sys
 import tarfile
 import threading
@@ -14,9 +15,8 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums, resource
 
-from dst.config import ConfigError
-from dst.data import cifar
-from dst.data import pipeline as data
+from dst.data import DATASETS, cifar, load
+from dst.errors import ConfigError
 
 TRAIN, TEST = 60, 20
 
@@ -60,6 +60,13 @@ def _archive(name, path):
             tar.addfile(member, io.BytesIO(content))
 
 
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    """Their rows say how many images there are here."""
+    rows = {name: DATASETS[name]._replace(train_images=TRAIN) for name in ("cifar10", "cifar100")}
+    monkeypatch.setattr(DATASETS, "_rows", {**DATASETS, **rows})
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A folder with both data sets, prepared by the real code from a filled download cache."""
@@ -79,7 +86,7 @@ def prepared(tmp_path_factory):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_round_trip_is_exact_and_in_the_original_order(name, prepared):
     images, labels, _ = _synthetic(name)
-    loaded = data.load(name, str(prepared))
+    loaded = load(name, str(prepared))
     np.testing.assert_array_equal(loaded.train_images, images[:TRAIN])
     np.testing.assert_array_equal(loaded.test_images, images[TRAIN:])
     np.testing.assert_array_equal(loaded.train_labels, labels[:TRAIN])
@@ -105,9 +112,16 @@ def test_prepared_data_set_is_tfds_own_and_needs_no_tensorflow(prepared):
     assert "tensorflow" not in sys.modules
 
 
+def test_tfds_is_imported_when_it_is_needed():
+    """It takes seconds, as scikit-learn does, and no digits need it."""
+    code = "import dst.data, sys; print({'tensorflow_datasets', 'sklearn'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_missing_data_set_is_one_sentence_with_the_command(tmp_path):
     with pytest.raises(ConfigError) as error:
-        data.load("cifar100", str(tmp_path))
+        load("cifar100", str(tmp_path))
     assert str(error.value).endswith(f"python -m dst.data.cifar cifar100 --data_dir={tmp_path}")
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
@@ -119,13 +133,15 @@ def test_tfrecord_format_is_one_sentence(prepared, tmp_path):
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     for file in folder.glob("*array_record*"):
         file.rename(folder / file.name.replace("array_record", "tfrecord"))
-    with pytest.raises(ConfigError, match=r"array_record.*python -m dst\.cifar cifar10") as error:
-        data.load("cifar10", str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"array_record.*python -m dst\.data\.cifar cifar10"
+    ) as error:
+        load("cifar10", str(tmp_path))
     assert "\n" not in str(error.value)
 
 
 def test_validation_part_is_stratified_fixed_and_taken_off_the_training_set(prepared):
-    whole, split = (data.load("cifar10", str(prepared), size) for size in (0, 20))
+    whole, split = (load("cifar10", str(prepared), size) for size in (0, 20))
     assert np.bincount(split.validation_labels).tolist() == [2] * 10
     assert np.bincount(split.train_labels).tolist() == [4] * 10
     place = {x.tobytes(): i for i, x in enumerate(whole.train_images)}
@@ -135,7 +151,7 @@ def test_validation_part_is_stratified_fixed_and_taken_off_the_training_set(prep
     np.testing.assert_array_equal(split.train_labels, whole.train_labels[train])
     np.testing.assert_array_equal(split.validation_labels, whole.train_labels[held_out])
     np.testing.assert_array_equal(split.test_images, whole.test_images)
-    again = data.load("cifar10", str(prepared), 20)
+    again = load("cifar10", str(prepared), 20)
     np.testing.assert_array_equal(split.validation_images, again.validation_images)
 
 
@@ -176,7 +192,7 @@ def test_failed_download_is_one_sentence(
     last = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
     assert last.startswith("dst: cifar100 cannot be prepared in") and reason in last
     with pytest.raises(ConfigError, match="holds no prepared cifar100"):
-        data.load("cifar100", str(tmp_path / "d"))
+        load("cifar100", str(tmp_path / "d"))
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dst import config as config_lib
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.methods.table import OWN, resolve
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.py"))

@@ -13,8 +13,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import dst
-from dst.config import ConfigError
+from dst.data import load
 from dst.data import pipeline as data
+from dst.errors import ConfigError
 from dst.update import stream
 from tests import tiny
 
@@ -27,7 +28,7 @@ _augment = jax.jit(data.augment, static_argnums=0)
 
 
 def test_digits_are_scikit_learns_scaled_exactly_and_normalised_by_the_training_part():
-    loaded, again = data.load("digits"), data.load("digits")
+    loaded, again = load("digits"), load("digits")
     assert loaded.train_images.shape == (1437, 8, 8, 1) and loaded.test_images.shape[0] == 360
     images = np.concatenate([loaded.train_images, loaded.test_images])
     labels = np.concatenate([loaded.train_labels, loaded.test_labels])
@@ -47,12 +48,13 @@ def test_digits_are_scikit_learns_scaled_exactly_and_normalised_by_the_training_
 @pytest.mark.parametrize("size", [-1, 9, 1428, 2000])
 def test_impossible_validation_size(size):
     with pytest.raises(ConfigError, match=rf"^validation_size must be .* 1427, not {size}\.$"):
-        data.load("digits", validation_size=size)
+        load("digits", validation_size=size)
 
 
 def test_unknown_data_set():
-    with pytest.raises(ConfigError, match="digits, cifar10, cifar100, not 'mnist'"):
-        data.load("mnist")
+    names = "'digits', 'cifar10' or 'cifar100'"
+    with pytest.raises(ConfigError, match=rf"^dataset must be {names}, not 'mnist'\.$"):
+        load("mnist")
 
 
 # ---- The batch of a step ---------------------------------------------------------------------
@@ -116,7 +118,8 @@ FOUR = np.arange(4)
 
 def streams():
     """The constants that uses of randomness fold into the key of a step or of the run."""
-    names = [module.name for module in pkgutil.iter_modules(dst.__path__, "dst.")]
+    walked = pkgutil.walk_packages(dst.__path__, "dst.")
+    names = [module.name for module in walked if ".native." not in module.name]
     found = [vars(importlib.import_module(name)) for name in (*names, "experiments.quality")]
     return {n: int(v) for module in found for n, v in module.items() if n.endswith("_STREAM")}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.methods import heuristics
 from dst.models import ResNet
 from dst.network import network

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dst import hosts
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.training import launch, train
 from tests.test_train import result, small
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.training import figures, log
 
 CONFIG = {"dataset": "digits", "model": "mlp", "method": "gse", "heuristic": "grabo", "a": (1, 2)}

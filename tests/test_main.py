@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dst import main as main_lib
-from dst.config import ConfigError
+from dst.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 DIGITS = f"--config={ROOT}/configs/digits_mlp.py"

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dst.config import ConfigError
 from dst.connections import initial
 from dst.connections.initial import fan_in_weights, random_positions
 from dst.connections.masks import Masks
+from dst.errors import ConfigError
 from dst.methods.distributions import DISTRIBUTIONS, active_count, layer_counts, layer_densities
 from dst.network import Layer
 from dst.training.loop import collapsed_layers

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import dst
-from dst.config import METHODS, ConfigError, default
+from dst.config import METHODS, default
+from dst.errors import ConfigError
 from dst.methods.combinations import check_execution
 from dst.methods.table import (
     FIELDS,

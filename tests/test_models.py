@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from dst.errors import ConfigError
 from dst.models import MLP, VGG16, ResNet, build
 from dst.models.resnet import Block
 
@@ -117,7 +118,7 @@ def test_depth_must_be_6n_plus_2(depth):
 
 
 def test_unknown_model_and_small_images_are_refused():
-    with pytest.raises(ValueError, match=r"^model must be .* is 'vit'\.$"):
+    with pytest.raises(ConfigError, match=r"^model must be 'mlp', 'resnet' or 'vgg', not 'vit'\.$"):
         build(config(model="vit"), 10)
     with pytest.raises(ValueError, match="32x32 or more"):
         VGG16(10).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), False)

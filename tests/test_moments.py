@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from dst.config import ConfigError
 from dst.connections.execution import init_rest
-from dst.connections.moments import refuse_unless_coordinate_wise
+from dst.connections.moments import recognise, refuse_unless_coordinate_wise
+from dst.errors import ConfigError
 from dst.network import network
 
 
@@ -72,6 +72,51 @@ REFUSED = {
     "lamb in MultiSteps": optax.MultiSteps(optax.lamb(1e-3), 5),
     "lamb after steps of 0": optax.lamb(lambda step: jnp.where(step < 6, 0.0, 1e-3)),
 }
+
+
+# All keep moments in ways of their own: under names, masked, within other states.
+KEPT = {
+    **ACCEPTED,
+    "a schedule inside": optax.inject_hyperparams(optax.adam)(learning_rate=1e-3),
+    "schedule-free": optax.contrib.schedule_free_adamw(1e-3),
+    "only kernels": optax.masked(optax.adam(1e-3), by_path(lambda names: names[-1] == "kernel")),
+    "two of them": optax.multi_transform(
+        {"many": optax.adam(1e-3), "one": optax.sgd(0.2, 0.9)},
+        by_shape(lambda leaf: "many" if leaf.ndim > 1 else "one"),
+    ),
+    "prodigy": optax.contrib.prodigy(),
+    "several in a row": optax.apply_if_finite(optax.MultiSteps(optax.lamb(1e-3), 5), 3),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_optax_finds_the_same_moments(name, model):
+    """`optax.tree_map_params` as the oracle, where it knows the optimizer."""
+    tx, (rest, layers) = KEPT[name], model
+    kernels = {path: {"kernel": jnp.zeros(layer.shape)} for path, layer in layers.items()}
+    params = {path: {**rest.get(path, {}), **kernels.get(path, {})} for path in rest | kernels}
+    owners = jax.tree_util.tree_map_with_path(
+        lambda path, _: path[0].key if path[-1].key == "kernel" else "", params
+    )
+    is_masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
+    found = optax.tree_map_params(
+        tx,
+        lambda leaf, owner: leaf if is_masked(leaf) else owner,
+        tx.init(params),
+        owners,
+        transform_non_params=lambda _: "",
+        is_leaf=is_masked,
+    )
+    ours = recognise(tx.init(params), params, {path: k["kernel"] for path, k in kernels.items()})
+    assert [owner or "" for owner in ours] == jax.tree.leaves(found)
+
+
+def test_optimizers_that_look_at_the_parameters_are_recognised_too(model):
+    """As a user's own may, which `optax.tree_map_params` cannot call."""
+    kernels = {path: {"kernel": jnp.zeros(layer.shape)} for path, layer in model[1].items()}
+    state = {"v": {path: {**leaves} for path, leaves in kernels.items()}}
+    masks = {path: leaves["kernel"] for path, leaves in kernels.items()}
+    assert recognise(state, kernels, masks) == list(kernels)
 
 
 @pytest.mark.parametrize("name", ACCEPTED)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import dst
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.layers import obstacle
 from dst.network import network
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dst import observe as probes
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.network import network
 from tests.test_probes import (
     Layers,

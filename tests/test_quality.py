@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dst.data import load
 from dst.data import pipeline as data
 from dst.methods.plan import plan
 from dst.training import checkpoint, train
@@ -86,7 +87,7 @@ def by_hand(run):
     built = train.build(config, None)
     with checkpoint.open_manager(run, None) as manager:
         state, _ = checkpoint.restore_step(manager, 15, built.state, config.to_dict())
-    digits = data.load("digits", "", 0)
+    digits = load("digits", "", 0)
     n = len(digits.train_labels)
     order = data.epoch_order(state.key, 1, n)
     chosen = np.asarray(order)[4 * 128 : 5 * 128]  # step 15 is the fifth of epoch 1

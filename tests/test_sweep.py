@@ -214,29 +214,6 @@ def test_progress_is_that_of_the_logs(play, tmp_path):
     assert share_done(chain, tmp_path) == 0.5
 
 
-def test_slurm_runs_each_task_once(play, tmp_path, capsys, monkeypatch):
-    """The script is valid, its array is the sweep's, and a task is one run of it."""
-    play()
-    arguments = [*ARGUMENTS, f"--out={tmp_path / 'a folder'}"]
-    assert sweep.main(subset_size.EXPERIMENT, [*arguments, "--slurm"]) == 0
-    script = capsys.readouterr().out
-    assert "#SBATCH --array=0-2\n" in script
-    # What the shell makes of it, had Python been another program.
-    echo = script.replace(f"exec {sys.executable}", "exec printf '%s\\n'")
-    done = subprocess.run(
-        ["bash"],
-        input=echo,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "SLURM_ARRAY_TASK_ID": "1"},
-    )
-    words = done.stdout.splitlines()
-    assert words[:2] == ["-m", "experiments.subset_size"] and words[-1] == "--task=1"
-    assert sweep.main(subset_size.EXPERIMENT, words[2:]) == 0
-    assert set(outputs(tmp_path / "a folder")) == {"rigl"}
-
-
 def test_a_real_run_that_was_stopped_resumes(tmp_path, capsys):
     """Asked to stop after its first epoch it saves; the same sweep finishes it."""
     run = run_of("smoke", ("digits", "mlp"), 0, method="random", sparsity=0.9, hidden=(8,))

@@ -13,8 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dst.config import ConfigError, default, validate
+from dst.config import default, validate
 from dst.data import pipeline as dst_data
+from dst.errors import ConfigError
 from dst.methods.table import resolve
 from dst.training import checkpoint, loop, train
 from dst.training.log import read

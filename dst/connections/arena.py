@@ -21,7 +21,6 @@ import numpy as np
 import optax
 from flax import struct
 
-from dst.config import ConfigError
 from dst.connections import select
 from dst.connections.backends import cpp
 from dst.connections.backends.dispatch import compiled
@@ -29,6 +28,7 @@ from dst.connections.base import Candidates, Execution, Part, Rule, no_candidate
 from dst.connections.hashing import hashed
 from dst.connections.moments import refuse_unless_coordinate_wise
 from dst.connections.ranges import over_range, rows_of
+from dst.errors import ConfigError
 from dst.network import Layer, Network
 
 Array = jax.Array

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dst.config import ConfigError
 from dst.connections.base import Connections
 from dst.connections.moments import recognise
+from dst.errors import ConfigError
 from dst.state import SparseState
 
 Array = jax.Array

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 
 
 def random_positions(key: jax.Array, size: int, count: int) -> np.ndarray:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dst.config import ConfigError
 from dst.connections.base import Candidates, Execution, Part, Rule
 from dst.connections.hashing import hashed
+from dst.errors import ConfigError
 from dst.network import Layer, Network
 
 Array = jax.Array

@@ -24,7 +24,8 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tensorflow_datasets.image_classification import cifar
 from tqdm import tqdm
 
-from dst.config import ConfigError
+from dst.data.table import Splits
+from dst.errors import ConfigError
 
 
 class Cifar10(cifar.Cifar10, skip_registration=True):  # type: ignore[call-arg]
@@ -105,6 +106,25 @@ def read(name: str, data_dir: str = "") -> dict[str, tuple[np.ndarray, np.ndarra
             f"{folder} is not in array_record format and cannot be read without TensorFlow; "
             f"prepare it once more in another folder: {command(name, 'ANOTHER_FOLDER')}"
         ) from error
+
+
+# Appendix A's statistics and appendix B's order.
+STATISTICS: dict[str, dict[str, Any]] = {
+    "cifar10": dict(
+        mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), augment=("flip", "crop")
+    ),
+    "cifar100": dict(
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        augment=("crop", "flip", "rotate"),
+    ),
+}
+
+
+def splits(name: str, data_dir: str = "") -> Splits:
+    """`read` with the paper's statistics and augmentation."""
+    found = read(name, data_dir)
+    return Splits(*found["train"], *found["test"], **STATISTICS[name])
 
 
 def _read_split(name: str, split: str, root: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Data sets as uint8 arrays, the batch of a step as a pure function, augmentation on the device.
+"""The batch of a step as a pure function of key and step, and augmentation on the device.
 
 The order of an epoch, the batch of a step and every random number of an image follow from a key
 and the step alone, so there is no iterator to save; and those of an image do not depend on how
@@ -8,114 +8,12 @@ many devices share the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-
-from dst.config import ConfigError
 
 Array = jax.Array
-
-
-class Dataset(NamedTuple):
-    """Images uint8 (N, H, W, C) and labels int32 (N,); mean and std per channel in units of 255."""
-
-    name: str
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    validation_images: np.ndarray  # empty if validation_size is 0
-    validation_labels: np.ndarray
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augment: tuple[str, ...]  # names of OPERATIONS, in the order in which an image passes them
-
-
-# ---- Loading ---------------------------------------------------------------------------------
-
-DIGITS_TEST_SIZE = 360  # of 1,797
-
-# Appendix A's statistics and appendix B's order.
-_CIFAR = {
-    "cifar10": dict(
-        num_classes=10,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        augment=("flip", "crop"),
-    ),
-    "cifar100": dict(
-        num_classes=100,
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-        augment=("crop", "flip", "rotate"),
-    ),
-}
-
-
-def load(name: str, data_dir: str = "", validation_size: int = 0) -> Dataset:
-    """'digits' (scikit-learn's), 'cifar10' or 'cifar100' (TFDS's, below `data_dir`; '' = default).
-
-    `validation_size` images are taken off the training set, the same ones in every run, each
-    class in proportion. Raises ConfigError: unknown name, impossible size, data set not prepared.
-    """
-    if name == "digits":
-        images, labels, rest = _digits()
-    elif name in _CIFAR:
-        from dst.data import cifar  # imports TFDS, which digits do not need
-
-        splits = cifar.read(name, data_dir)
-        (images, labels), (test_images, test_labels) = splits["train"], splits["test"]
-        rest = dict(_CIFAR[name], test_images=test_images, test_labels=test_labels)
-    else:
-        allowed = ", ".join(["digits", *_CIFAR])
-        raise ConfigError(f"dataset must be one of {allowed}, not {name!r}.")
-    train, validation = _stratified_split(labels, validation_size)
-    return Dataset(
-        name=name,
-        train_images=images[train],
-        train_labels=labels[train],
-        validation_images=images[validation],
-        validation_labels=labels[validation],
-        **rest,
-    )
-
-
-def _digits() -> tuple[np.ndarray, np.ndarray, dict]:
-    """Training images and labels, and the other fields; pixels 0..16 become 0..240, exactly."""
-    digits = load_digits()
-    images = (digits.images[..., None] * 15).astype(np.uint8)
-    labels = digits.target.astype(np.int32)
-    train, test = _stratified_split(labels, DIGITS_TEST_SIZE)
-    scaled = images[train] / 255
-    rest = dict(
-        test_images=images[test],
-        test_labels=labels[test],
-        num_classes=10,
-        mean=(float(scaled.mean()),),
-        std=(float(scaled.std()),),
-        augment=(),
-    )
-    return images[train], labels[train], rest
-
-
-def _stratified_split(labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending indices of all but `size` examples and of those, each class in proportion."""
-    everything, classes = np.arange(len(labels)), len(np.unique(labels))
-    if size == 0:
-        return everything, everything[:0]
-    if not classes <= size <= len(labels) - classes:
-        raise ConfigError(
-            f"validation_size must be 0 or from {classes} (one a class) to "
-            f"{len(labels) - classes}, not {size}."
-        )
-    kept, held_out = train_test_split(everything, test_size=size, stratify=labels, random_state=0)
-    return np.sort(kept), np.sort(held_out)
 
 
 # ---- The batch of a step ---------------------------------------------------------------------

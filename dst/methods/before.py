@@ -27,8 +27,8 @@ import optax
 from jax import lax
 
 from dst import hosts
-from dst.config import ConfigError
 from dst.connections.masks import kernels_of, with_kernels
+from dst.errors import ConfigError
 from dst.methods.combinations import check_execution
 from dst.methods.distributions import active_count
 from dst.methods.heuristics import NOTHING, check_flow, check_inputs, total_flow, without_dropout

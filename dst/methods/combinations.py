@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 
 if TYPE_CHECKING:
     from dst.methods.table import Method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.methods.schedules import largest_remainder
 
 Shapes = Mapping[str, tuple[int, ...]]

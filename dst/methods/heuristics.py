@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst.config import ConfigError
 from dst.connections.base import Connections
 from dst.connections.execution import arena_parts, linear, part_of, variables_of
+from dst.errors import ConfigError
 from dst.layers.obstacle import obstacle
 from dst.network import Layer, Network, describe, is_layer
 from dst.observe import marginals, observe_and_sum, window

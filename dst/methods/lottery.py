@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import optax
 
-from dst.config import ConfigError
 from dst.connections.masks import kernels_of
+from dst.errors import ConfigError
 from dst.methods.before import start_with, strongest
 from dst.methods.table import Method
 from dst.network import Network

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dst.config import ConfigError
 from dst.connections.hashing import hashes_of_layer
+from dst.errors import ConfigError
 from dst.methods.table import Method
 
 Array = jax.Array

@@ -32,8 +32,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dst.config import TRAIN_IMAGES, ConfigError, Rule, check_field, check_value, choice, default
+from dst.config import check_field, default, field_rule
+from dst.data.table import DATASETS
+from dst.errors import ConfigError, Rule, check_value, choice
 from dst.methods.combinations import check, check_execution, unread
+from dst.models.table import never_reads
 
 
 class Method(NamedTuple):
@@ -192,7 +195,8 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
     options = {f: v.item() if isinstance(v, np.generic) else v for f, v in options.items()}
     for field, value in options.items():
         if value is not None or field != "initial":
-            check_value(field, value, RULES[field])
+            rule = RULES[field]
+            check_value(field, value, field_rule(rule) if isinstance(rule, str) else rule)
     row = Method(name, 0.0 if name == "dense" else sparsity)._replace(**ROWS[name])
     made = row._replace(**options)
     if made.initial != row.initial and made.drop != "magnitude":
@@ -253,9 +257,7 @@ def end_of(config: ConfigDict, steps_per_epoch: int) -> int:
 
 def never_read(config: Mapping[str, Any]) -> set[str]:
     """Fields that a run of this resolved config's model and method never reads."""
-    fields = {"hidden"} if config["model"] != "mlp" else {"depth", "width"}
-    if config["model"] == "vgg":
-        fields.add("depth")
+    fields = never_reads(config["model"])
     if "drop" not in ROWS[config["method"]]:
         fields |= {"rewire_every", "rewire_end_epoch"}
     if config["method"] == "dense":
@@ -297,7 +299,7 @@ def told_unread(config: ConfigDict) -> str | None:
 def check_config(config: ConfigDict) -> None:
     """What `config.validate` cannot see field by field. Errors: as `method` and `check_execution`,
     a ramp that the run ends before, Lottery's levels that do not begin with every connection."""
-    images = TRAIN_IMAGES[config.dataset] - config.validation_size
+    images = DATASETS[config.dataset].train_images - config.validation_size
     config, per_epoch = resolve(config), images // config.batch_size
     if (config.initial_sparsity or 0.0) > config.sparsity:
         raise ConfigError(

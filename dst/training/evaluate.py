@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dst import hosts
 from dst.connections.execution import forward
+from dst.data import Dataset
 from dst.data import pipeline as data
 from dst.network import Network
 from dst.state import SparseState
@@ -20,7 +21,7 @@ from dst.update import AXIS, parallel, replicate
 
 
 def make_evaluate(
-    config: ConfigDict, dataset: data.Dataset, net: Network, devices: list, images: Any, labels: Any
+    config: ConfigDict, dataset: Dataset, net: Network, devices: list, images: Any, labels: Any
 ) -> Callable[[SparseState], dict[str, float]]:
     """`evaluate(state)` -> mean loss and accuracy over all of `images`, whatever the batch size."""
     count = len(labels)

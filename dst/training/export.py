@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from scipy.sparse import coo_array, csr_array
 
-from dst.config import ConfigError
 from dst.connections.base import Connections
 from dst.connections.execution import EXECUTIONS, forward, init_rest
+from dst.errors import ConfigError
 from dst.network import Network
 from dst.state import SparseState
 
@@ -145,12 +146,13 @@ def _nonzero(kernel: np.ndarray) -> Kernel:
 
 
 def _to_csr(name: str, kernel: Kernel) -> Entries:
-    row, output = np.divmod(kernel.position, kernel.shape[-1])
-    lengths = np.bincount(row, minlength=math.prod(kernel.shape[:-1]))
+    shape = _matrix(kernel.shape)
+    places = np.divmod(kernel.position, shape[1])
+    W = coo_array((kernel.values, places), shape=shape).tocsr()
     return {
-        f"{name}/data": kernel.values,
-        f"{name}/indices": output.astype(np.int32),
-        f"{name}/indptr": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        f"{name}/data": W.data,
+        f"{name}/indices": W.indices.astype(np.int32),
+        f"{name}/indptr": W.indptr.astype(np.int32),
         f"{name}/shape": np.array(kernel.shape),
     }
 
@@ -160,15 +162,19 @@ def _from_csr(entries: Entries, name: str) -> Kernel:
     parts = ("data", "indices", "indptr", "shape")
     data, indices, indptr, sides = (entries.pop(f"{name}/{part}") for part in parts)
     shape = tuple(sides.tolist())
-    fits = indptr.shape == (math.prod(shape[:-1]) + 1,) and indptr[0] == 0
-    if not (fits and data.shape == indices.shape == (indptr[-1],)):
-        raise ValueError(f"{name} has arrays that do not fit together")
-    row = np.repeat(np.arange(indptr.size - 1), np.diff(indptr))
-    position = row * shape[-1] + indices.astype(np.int64, casting="same_kind")
-    inside = (indices >= 0) & (indices < shape[-1])
-    if not (inside.all() and (np.diff(position) > 0).all()):
+    W = csr_array((data, indices, indptr), shape=_matrix(shape))
+    W.check_format(full_check=True)
+    # SciPy cuts off what indptr does not reach, and makes integers of other indices.
+    if W.nnz != data.size or indices.dtype.kind != "i" or not W.has_canonical_format:
         raise ValueError(f"{name} has connections outside, twice or out of order")
-    return Kernel(shape, position, data.astype(np.float32))
+    row, output = W.tocoo().coords
+    position = row.astype(np.int64) * shape[-1] + output
+    return Kernel(shape, position, W.data.astype(np.float32))
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(inputs, outputs) of W, of a convolution (kx ky n_in, n_out)."""
+    return math.prod(shape[:-1]), shape[-1]
 
 
 def _readable(leaf: Any) -> np.ndarray:

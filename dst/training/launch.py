@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from dst.config import ConfigError, Rule, check_value, integer
+from dst.errors import ConfigError, Rule, check_value, integer
 
 TOGETHER = ("coordinator", "processes", "process")
 

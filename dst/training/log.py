@@ -26,7 +26,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from dst import hosts
-from dst.config import ConfigError
+from dst.errors import ConfigError
 from dst.training.checkpoint import another_run
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "dst-jax")

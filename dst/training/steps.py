@@ -12,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dst import hosts
+from dst.data import Dataset
 from dst.data import pipeline as data
 from dst.methods.schedules import learning_rate
 from dst.methods.table import Method
@@ -73,7 +74,7 @@ class ScoringBatches:
     Not augmented, the last batch smaller; `config.score_batches` takes only the first ones.
     """
 
-    def __init__(self, config: ConfigDict, dataset: data.Dataset):
+    def __init__(self, config: ConfigDict, dataset: Dataset):
         self.dataset, self.size = dataset, config.batch_size
         self.count = -(-len(dataset.train_labels) // config.batch_size)
         if config.score_batches:
@@ -96,7 +97,7 @@ class ScoringBatches:
 
 
 # --------------------------------------------------------------------------- the batch of a step
-def residents(dataset: data.Dataset, key: Array, devices: list) -> Callable[[int], Resident]:
+def residents(dataset: Dataset, key: Array, devices: list) -> Callable[[int], Resident]:
     """`resident(epoch)` of the run with this key; the data are put on the devices once."""
     images, labels = replicate((dataset.train_images, dataset.train_labels), devices)
     order = jax.jit(data.epoch_order, static_argnums=2)
@@ -110,7 +111,7 @@ def residents(dataset: data.Dataset, key: Array, devices: list) -> Callable[[int
     return resident
 
 
-def make_fetch(config: ConfigDict, dataset: data.Dataset, devices: int) -> Callable[..., tuple]:
+def make_fetch(config: ConfigDict, dataset: Dataset, devices: int) -> Callable[..., tuple]:
     """`fetch(state, resident, device)`: that device's share of the batch of the state's step."""
     share = config.batch_size // devices
 
@@ -140,7 +141,7 @@ def looped(devices: list) -> bool:
 
 
 def make_steps(
-    config: ConfigDict, dataset: data.Dataset, net: Network, tx, rule: Method, devices: list
+    config: ConfigDict, dataset: Dataset, net: Network, tx, rule: Method, devices: list
 ) -> Steps:
     """`update(state, resident, n)` takes n steps in one dispatch; `rewire(state, resident)` one.
 

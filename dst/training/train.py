@@ -17,9 +17,10 @@ import optax
 from ml_collections import ConfigDict
 
 from dst import hosts, models
-from dst.config import ConfigError, check_devices
+from dst.config import check_devices
 from dst.connections.execution import described
-from dst.data import pipeline as data
+from dst.data import Dataset, load, pipeline
+from dst.errors import ConfigError
 from dst.methods.before import prune_at_init
 from dst.methods.lottery import levels, ticket, winning
 from dst.methods.memory import begun
@@ -98,7 +99,7 @@ class Built(NamedTuple):
     """What a run is made of, before anything is restored."""
 
     devices: list
-    dataset: data.Dataset
+    dataset: Dataset
     net: Network
     method: Method
     rate: optax.Schedule
@@ -110,11 +111,12 @@ class Built(NamedTuple):
 def build(config: ConfigDict, masks: Masks | None) -> Built:
     """Data, network, method, optimizer and the first state, with `masks` a Lottery ticket."""
     devices = hosts.devices(check_devices(config, jax.local_device_count(), jax.process_count()))
-    dataset = data.load(config.dataset, config.data_dir, config.validation_size)
+    dataset = load(config.dataset, config.data_dir, config.validation_size)
     example = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
     model = models.build(config, dataset.num_classes)
+    models.check_logits(config.model, model, example, dataset.num_classes)
     net = network(model, example, train=False, execution=config.execution, fuse=config.fuse)
-    per_epoch = data.steps_per_epoch(len(dataset.train_labels), config.batch_size)
+    per_epoch = pipeline.steps_per_epoch(len(dataset.train_labels), config.batch_size)
     rule, rate = method_of(config, per_epoch), schedule(config, per_epoch)
     tx, key = optimizer(config, rate), jax.random.key(config.seed)
     chained = rule.name == "lottery"
