@@ -17,11 +17,11 @@ import dst
 from dst import rewire as rewire_module
 from dst.connections.arena import positions
 from dst.connections.hashing import hashes_at, salts
+from dst.layers import Dense
 from dst.methods.candidates import Candidates
 from dst.methods.drop import weakest
 from dst.methods.plan import plan
 from dst.methods.schedules import largest_remainder
-from dst.network import Layer
 from tests.arenas import hashed
 from tests.executions import structure
 from tests.tiny import active, batch, kernels, loss, setup
@@ -33,7 +33,7 @@ KEY = jax.random.key(4)
 @functools.partial(jax.jit, static_argnums=5)
 def exchange(A, w, S, score, k, size):
     """Drop the k weakest of A, grow the k <= size best of S: (A without P, that with G)."""
-    layers = {"layer": Layer("layer", "dense", (A.size, 1))}
+    layers = {"layer": Dense("layer", (A.size, 1))}
     network = types.SimpleNamespace(possible=A.size, layers=layers)
     ties = lambda: hashes_at(network, KEY, jnp.arange(A.size, dtype=jnp.int32))  # noqa: E731
     survivors = A & ~weakest(w, A, k, ties)

@@ -20,7 +20,8 @@ import numpy as np
 from flax import struct
 
 from dst.config import ConfigError
-from dst.network import Layer, Network
+from dst.layers.base import Layer
+from dst.network import Network
 
 Array = jax.Array
 
@@ -39,7 +40,7 @@ class Part(NamedTuple):
     @property
     def n_in(self) -> int:
         """Columns: inputs, of a convolution (kx, ky, n_in) flattened."""
-        return self.layer.size // self.layer.n_out
+        return self.layer.columns
 
     @property
     def n_out(self) -> int:
@@ -96,8 +97,8 @@ def lay_out(net: Network, counts: Mapping[str, int]) -> tuple[Part, ...]:
     parts: list[Part] = []
     first = 0
     for path, layer in net.layers.items():
-        n_in = layer.size // layer.n_out
-        block = n_in if layer.kind == "conv" else min(BLOCK, n_in)
+        n_in = layer.columns
+        block = min(BLOCK, n_in) if layer.matrix else n_in
         while block < n_in and block * counts[path] < PER_ROW * layer.size:
             block = min(2 * block, n_in)
         parts.append(Part(layer, block, first))

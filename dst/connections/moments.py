@@ -17,7 +17,7 @@ import optax
 from flax import traverse_util
 
 from dst.config import ConfigError, quoted
-from dst.network import Layer
+from dst.layers.base import Layer
 
 Array = jax.Array
 

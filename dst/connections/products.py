@@ -24,7 +24,7 @@ from jax.experimental import sparse
 from dst.connections.arena import Arena, Part, rows_of
 from dst.connections.backends import cpp as kernels
 from dst.connections.backends import maps
-from dst.network import Layer
+from dst.layers.base import Layer
 
 Array = jax.Array
 
@@ -112,11 +112,11 @@ add_bias.defvjp(lambda y, bias: (add_bias(y, bias), None), _bias_backward)
 
 
 def covered(layer: Layer, values: Any, x: Any) -> bool:
-    """Whether the C++ kernels convolve this: as `compiled`, with a kernel of 11 x 11 at most.
+    """Whether the C++ kernels convolve this: a convolution, `compiled`, of 11 x 11 taps at most.
 
     XLA fails to compile their layout for a map of no images.
     """
-    floats = x.dtype == jnp.float32 and compiled(values)
+    floats = layer.convolves and x.dtype == jnp.float32 and compiled(values)
     return floats and max(layer.shape[:2]) <= kernels.MOST_TAPS and x.size > 0
 
 

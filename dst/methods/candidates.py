@@ -174,7 +174,7 @@ def chance_subset(net: Network, method: Method) -> Callable[..., Candidates]:
 
 def parts_of(net: Network) -> list[Part]:
     """The layers as the sampler sees them, each one block."""
-    return [Part(layer, layer.size // layer.n_out, 0) for layer in net.layers.values()]
+    return [Part(layer, layer.columns, 0) for layer in net.layers.values()]
 
 
 def _columns(fg: dict[str, tuple[Array, Array]]) -> tuple[ByLayer, ByLayer]:
@@ -188,7 +188,7 @@ def by_chance(net: Network, loss: Loss) -> Callable[..., ByLayer]:
     def score(state: SparseState, batch: Any, S: ByLayer) -> ByLayer:
         key = stream(state, CHANCE_STREAM)
         flat = {
-            path: hashes_of_layer(key, l, layer.size // layer.n_out, layer.n_out).ravel()
+            path: hashes_of_layer(key, l, layer.columns, layer.n_out).ravel()
             for l, (path, layer) in enumerate(net.layers.items())
         }
         return {path: as_chance(flat[path][s]) for path, s in S.items()}

@@ -32,6 +32,7 @@ from dst.connections.select import (
     protected,
     row_salts,
 )
+from dst.layers.base import Layer
 from dst.methods.arrivals import Pairs
 from dst.methods.candidates import as_chance
 from dst.methods.heuristics import HEURISTICS, OBSERVED, ON_HOST
@@ -39,8 +40,8 @@ from dst.methods.plan import Plan, asked, floors, plan
 from dst.methods.sample import Sampling, alike, fold_by_chance, fold_subset, hold_subset, sampling
 from dst.methods.stream import strongest_missing
 from dst.methods.table import Method
-from dst.network import Layer, Network
-from dst.observe import gradient_at, gradient_on, observe_and_sum
+from dst.network import Network
+from dst.observe import gradient_on, observe_and_sum
 from dst.state import SparseState, active_counts
 from dst.update import (
     AXIS,
@@ -109,7 +110,7 @@ def twice(net: Network, method: Method) -> dict[str, Layer]:
     """
     if not method.heuristic or method.heuristic == "graest":
         return {}
-    return {path: layer for path, layer in net.layers.items() if layer.kind == "conv"}
+    return {path: layer for path, layer in net.layers.items() if layer.large}
 
 
 def observer(net: Network, method: Method, loss: Loss) -> Callable:
@@ -305,10 +306,10 @@ def scorer(part: Part, units: tuple[Array, Array]) -> Callable[[Array, Array], A
     h, delta = units
 
     def score(column: Array, output: Array) -> Array:
-        if part.layer.kind == "dense" and compiled(h) and compiled(delta):
+        if part.layer.matrix and compiled(h) and compiled(delta):
             G = kernels.gradient_on(column, output, h, delta)
         else:
-            G = gradient_at(part.layer, h, delta, column, output)
+            G = part.layer.gradient_at(h, delta, column, output)
         return jnp.abs(lax.pmean(G, AXIS))
 
     return score
