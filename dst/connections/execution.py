@@ -181,7 +181,7 @@ def linear(
             y = mark(("bias",), add_channel_bias, y, bias)
         return y.reshape(*h.shape[:-3], *y.shape[1:]), values
     y, values = _expanded(part, values, arena, h, frozen)
-    return y if bias is None else y + bias, values
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)), values
 
 
 def _expanded(part: Part, values: Array, arena: Arena, h: Array, frozen: bool):

@@ -142,8 +142,7 @@ class Layer:
         Shapes: sign as delta without its first axis -> (columns,), (n_out,), at least float32.
         """
         # What the columns of output 0 read, those of all outputs read.
-        first = jnp.zeros(self.n_out).at[0].set(1).reshape(-1, *(1 for _ in sign.shape))
-        f = self.kernel_gradient(h, (first * sign).astype(delta.dtype))
+        f = self.kernel_gradient(h, jnp.zeros_like(delta).at[0].set(sign.astype(delta.dtype)))
         return f.reshape(-1, self.n_out)[:, 0], signed_total(delta, sign)
 
 
