@@ -3,67 +3,24 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax import lax
 
 from dst.config import check_field
 from dst.errors import ConfigError, quoted
-from dst.layers.obstacle import jitted, mapped, obstacle, pair, unlike_float32
+from dst.layers.base import Layer, kind_of
+from dst.layers.obstacle import jitted, mapped, unlike_float32
 from dst.sown import Path, sown
 
 LOGGER = logging.getLogger("dst")
 
-
-class Layer(NamedTuple):
-    """A sparse kernel: (n_in, n_out) of `nn.Dense`, (kx, ky, n_in, n_out) of `nn.Conv`."""
-
-    path: str
-    kind: str  # "dense" | "conv"
-    shape: tuple[int, ...]
-    strides: tuple[int, int] = (1, 1)
-    padding: Any = "SAME"
-    dilation: tuple[int, int] = (1, 1)
-    precision: Any = None  # the module's, see `jax.lax.Precision`
-
-    @property
-    def n_in(self) -> int:
-        return self.shape[-2]
-
-    @property
-    def n_out(self) -> int:
-        return self.shape[-1]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    def pads(self, spatial: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of zeros around an input of this spatial shape."""
-        if not isinstance(self.padding, str):
-            return self.padding
-        extent = [(k - 1) * d + 1 for k, d in zip(self.shape[:2], self.dilation, strict=True)]
-        return tuple(lax.padtype_to_pads(spatial, extent, self.strides, self.padding))
-
-    def convolve(self, h: jax.Array, kernel: jax.Array) -> jax.Array:
-        """The convolution: (..., H, W, n_in), (kx, ky, n_in, n_out) -> (..., H', W', n_out)."""
-        y = lax.conv_general_dilated(
-            h.reshape(-1, *h.shape[-3:]),
-            kernel,
-            self.strides,
-            self.pads(h.shape[-3:-1]),
-            rhs_dilation=self.dilation,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=self.precision,
-        )
-        return y.reshape(*h.shape[:-3], *y.shape[1:])
+Sparse = TypeVar("Sparse")
 
 
 class Network(NamedTuple):
@@ -84,11 +41,6 @@ class Network(NamedTuple):
         return sum(layer.size for layer in self.layers.values())
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether this is a layer whose kernel can be sparse."""
-    return isinstance(module, nn.Dense | nn.Conv)
-
-
 def layer_path(module: nn.Module) -> str:
     """'a/b' for the module whose parameters are params['a']['b']."""
     return "/".join(module.path)
@@ -102,18 +54,23 @@ def is_foreign(module: nn.Module) -> bool:
     return module.has_variable("params", "kernel")
 
 
-def describe(module: Any, h: Any) -> Layer:
-    """The layer as static data, once `obstacle` found nothing in the way."""
-    path = layer_path(module)
-    if isinstance(module, nn.Dense):
-        shape = (h.shape[-1], module.features)
-        return Layer(path, "dense", shape, precision=module.precision)
-    padding = module.padding
-    if not isinstance(padding, str):
-        padding = tuple(pair(p) for p in ((padding,) * 2 if isinstance(padding, int) else padding))
-    shape = (*module.kernel_size, h.shape[-1], module.features)
-    strides, dilation = pair(module.strides), pair(module.kernel_dilation)
-    return Layer(path, "conv", shape, strides, padding, dilation, module.precision)
+def layer_call(
+    layers: Mapping[str, Sparse], args: tuple, kwargs: Mapping[str, Any], context: Any
+) -> tuple[Sparse, Any] | None:
+    """Of an intercepted call: which of `layers`, by path, it is, and its input; None if none.
+
+    A layer that is applied to variables of its own may have the path of another: `is_foreign`.
+    """
+    module = context.module
+    if context.method_name != "__call__" or kind_of(module) is None:
+        return None
+    layer = layers.get(layer_path(module))
+    return None if layer is None else (layer, input_of(args, kwargs))
+
+
+def input_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """h, however a layer is called."""
+    return [*args, *kwargs.values()][0]
 
 
 def network(
@@ -166,7 +123,7 @@ def _discover(model, shapes, kwargs, sparse) -> tuple[dict[str, Layer | None], d
     found: dict[str, Layer | None] = {}
     foreign: set[str] = set()
 
-    def record(module, h):
+    def record(module, kind, h):
         path = layer_path(module)
         if path not in found and is_foreign(module):
             foreign.add(module.name or type(module).__name__)
@@ -174,10 +131,10 @@ def _discover(model, shapes, kwargs, sparse) -> tuple[dict[str, Layer | None], d
             found[path] = None
         elif not path:
             _refuse(path, "it has no path; put a model that is one layer into a module")
-        elif why := obstacle(module) or mapped(module) or unlike_float32(module):
+        elif why := kind.obstacle(module) or mapped(module) or unlike_float32(module):
             _refuse(path, why)
         else:
-            found.setdefault(path, describe(module, h))
+            found.setdefault(path, kind.describe(path, module, h))
 
     def discover(next_fun, arguments, keywords, context):
         module = context.module
@@ -186,8 +143,8 @@ def _discover(model, shapes, kwargs, sparse) -> tuple[dict[str, Layer | None], d
                 f"{type(module).__name__} {layer_path(module)!r} runs under nn.jit, whose traces "
                 "dst cannot look into; leave nn.jit away, since dst compiles the whole step."
             )
-        if context.method_name == "__call__" and is_layer(module):
-            record(module, arguments[0] if arguments else keywords["inputs"])
+        if context.method_name == "__call__" and (kind := kind_of(module)):
+            record(module, kind, input_of(arguments, keywords))
         return next_fun(*arguments, **keywords)
 
     # Without jit: what runs under nn.jit and was traced before would not be seen, nor refused.
@@ -225,12 +182,13 @@ def _sown(net: Network, variables: Mapping[str, Any]) -> frozenset[Path]:
 
     def skip(next_fun, arguments, keywords, context):
         module = context.module
-        layer = net.layers.get(layer_path(module)) if is_layer(module) else None
-        if context.method_name != "__call__" or layer is None or is_foreign(module):
+        call = layer_call(net.layers, arguments, keywords, context)
+        if call is None or is_foreign(module):
             return next_fun(*arguments, **keywords)
+        layer, h = call
         if not module.has_variable("probes", ""):
             _refuse(layer.path, "nn.scan, nn.vmap or nn.RNN shares its kernel between calls")
-        return skipped(layer, module, arguments[0] if arguments else keywords["inputs"])
+        return skipped(layer, module, h)
 
     def run(collections, mutable=True):
         with nn.intercept_methods(skip):
@@ -264,10 +222,12 @@ def _abstract_apply(net: Network, variables: Mapping[str, Any], mutable: Any) ->
 
 def skipped(layer: Layer, module: Any, h: Any) -> jax.Array:
     """Zeros in the shape of the layer's output, its kernel untouched."""
-    h = jnp.asarray(h)
-    dtype = module.dtype or jnp.promote_types(h.dtype, module.param_dtype)
-    if layer.kind == "dense":
-        return jnp.zeros((*h.shape[:-1], layer.n_out), dtype)
-    kernel = jax.ShapeDtypeStruct(layer.shape, dtype)
-    y = jax.eval_shape(layer.convolve, jax.ShapeDtypeStruct(h.shape, dtype), kernel)
-    return jnp.zeros(y.shape, dtype)
+    y = output_of(layer, module, h)
+    return jnp.zeros(y.shape, y.dtype)
+
+
+def output_of(layer: Layer, module: Any, h: Any) -> jax.ShapeDtypeStruct:
+    """Shape and type of the layer's output."""
+    h, given = jnp.asarray(h), getattr(module, "param_dtype", jnp.float32)
+    dtype = getattr(module, "dtype", None) or jnp.promote_types(h.dtype, given)
+    return layer.output(h, dtype)

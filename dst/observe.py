@@ -1,6 +1,6 @@
 """What the layers of any Linen model see: |h| and |delta| sums, and gradients on a subset S.
 
-`nn.intercept_methods` wraps every `nn.Dense` and `nn.Conv` of an unmodified model. Each hands its
+`nn.intercept_methods` wraps every sparse layer of an unmodified model. Each hands its
 output through a `custom_vjp` identity that takes zero-valued probes, and what is wanted comes back
 as the probes' cotangents: sums of |h| and |delta| for the marginals of Eq. 7, dL/dw for the
 connections in S. Parameters are not differentiated, so no dense weight gradient ever exists.
@@ -12,28 +12,24 @@ layer that is called several times sums its calls.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax import lax
 
 from dst.connections.backends import cpp as kernels
 from dst.connections.backends import maps
 from dst.connections.backends.dispatch import covered
 from dst.connections.fusion import plainly, region
 from dst.errors import ConfigError
-from dst.network import Layer, is_foreign, is_layer, layer_path, skipped
+from dst.layers.base import Layer
+from dst.network import is_foreign, layer_call, skipped
 
 Array = jax.Array
 Tree = Mapping[str, Any]
-
-# Products of one chunk of candidates: 2^20 float32 (4 MiB) keeps them in cache, whatever |S| is.
-CHUNK_ELEMENTS = 2**20
 
 MARK = "called"  # the probe that tells a layer of the model from others of the same path
 
@@ -44,13 +40,8 @@ def tap_sums(total: Callable, h: Array, y: Array, f: Array, g: Array) -> Array:
     return y
 
 
-def total_of(x: Array, dtype: Any) -> Array:
-    """The sum of |x| of each unit: (..., n) -> (n,)."""
-    return jnp.sum(jnp.abs(x), axis=tuple(range(x.ndim - 1)), dtype=dtype)
-
-
 def total_of_maps(x: Array, dtype: Any) -> Array:
-    """`total_of` of maps that lie in memory as the kernels have them: XLA would transpose them."""
+    """`Layer.sums` of maps in memory as the kernels have them: XLA would transpose them."""
     return maps.magnitudes(kernels.Read(x.reshape(-1, *x.shape[-3:]))).astype(dtype)
 
 
@@ -85,72 +76,15 @@ def _subset_forward(layer, h, y, c, subset):
 def _subset_backward(layer, residual, delta):
     h, subset = residual
     column, output = jnp.divmod(subset, layer.n_out)
-    if layer.kind == "conv" and covered(layer, delta, h):
+    if covered(layer, delta, h):
         x, d = (kernels.Read(a.reshape(-1, *a.shape[-3:])) for a in (h, delta))
         G = kernels.convolve_gradient_on(column, output, x, d, layer)
         return None, then(delta, G), G, None
-    gradient = gradient_at(layer, *by_unit(layer, h, delta), column, output)
+    gradient = layer.gradient_at(*layer.by_unit(h, delta), column, output)
     return None, delta, gradient.astype(jnp.float32), None
 
 
 tap_subset.defvjp(_subset_forward, _subset_backward)
-
-
-def by_unit(layer: Layer, h: Array, delta: Array) -> tuple[Array, Array]:
-    """h (padded as for the convolution) and delta, units first: what `gradient_at` reads."""
-    if layer.kind == "dense":
-        return h.reshape(-1, h.shape[-1]).T, delta.reshape(-1, delta.shape[-1]).T
-    h = h.reshape(-1, *h.shape[-3:])
-    h = jnp.pad(h, ((0, 0), *layer.pads(h.shape[1:3]), (0, 0)))
-    return h.transpose(3, 0, 1, 2), delta.reshape(-1, *delta.shape[-3:]).transpose(3, 0, 1, 2)
-
-
-def gradient_at(layer: Layer, h: Array, delta: Array, column: Array, output: Array) -> Array:
-    """dL/dw of the connections (column, output) of a layer; h and delta from `by_unit`.
-
-    Column is (kx, ky, i) flattened: int32 (n,), (n,) -> float (n,), at least float32.
-    """
-    gradient = dense_gradient_at if layer.kind == "dense" else conv_gradient_at
-    return gradient(layer, h, delta, column, output)
-
-
-def dense_gradient_at(layer: Layer, h: Array, delta: Array, column: Array, output: Array) -> Array:
-    """sum_b h[i, b] delta[o, b]. Shapes: (n_in, B), (n_out, B) -> (n,)."""
-    dtype = jnp.promote_types(h.dtype, jnp.float32)
-
-    def one(position):
-        return jnp.sum(h[position[0]] * delta[position[1]], dtype=dtype)
-
-    return lax.map(one, (column, output), batch_size=_chunk(h.shape[1], column.size))
-
-
-def conv_gradient_at(layer: Layer, h: Array, delta: Array, column: Array, output: Array) -> Array:
-    """sum_bxy h[i, b, x s + kx d, y s + ky d] delta[o, b, x, y]. (n_in, B, H, W) -> (n,)."""
-    dtype = jnp.promote_types(h.dtype, jnp.float32)
-    kx, ky, i = jnp.unravel_index(column, layer.shape[:3])
-
-    def one(position):
-        *corner, o = position
-        return jnp.sum(window(layer, h, delta, corner, 1)[0] * delta[o], dtype=dtype)
-
-    chunk = _chunk(math.prod(delta.shape[1:]), column.size)
-    return lax.map(one, (kx, ky, i, output), batch_size=chunk)
-
-
-def window(layer: Layer, h: Array, delta: Array, corner: Sequence[Array], channels: int) -> Array:
-    """What a kernel position reads for every output position: h[i:, b, x s + kx d, y s + ky d].
-
-    Corner (kx, ky, i) int32; h and delta from `by_unit` -> (channels, B, H', W').
-    """
-    (sx, sy), (dx, dy) = layer.strides, layer.dilation
-    batch, out_x, out_y = delta.shape[1:]
-    kx, ky, i = corner
-    size = (channels, batch, (out_x - 1) * sx + 1, (out_y - 1) * sy + 1)
-    return lax.dynamic_slice(h, (i, jnp.zeros_like(i), kx * dx, ky * dy), size)[..., ::sx, ::sy]
-
-
-def _chunk(elements: int, candidates: int) -> int:
-    return max(1, min(candidates, CHUNK_ELEMENTS // elements))
 
 
 def intercepted(layers: Mapping[str, Layer], tap: Callable[..., Array]):
@@ -160,14 +94,11 @@ def intercepted(layers: Mapping[str, Layer], tap: Callable[..., Array]):
     """
 
     def interceptor(next_fun, args, kwargs, context):
-        module = context.module
-        if context.method_name != "__call__" or not is_layer(module):
+        call = layer_call(layers, args, kwargs, context)
+        if call is None:
             return next_fun(*args, **kwargs)
-        layer = layers.get(layer_path(module))
-        if layer is None:
-            return next_fun(*args, **kwargs)
-        h = jnp.asarray(args[0] if args else kwargs["inputs"])
-        return tap(layer, module, h, next_fun(*args, **kwargs))
+        layer, h = call
+        return tap(layer, context.module, jnp.asarray(h), next_fun(*args, **kwargs))
 
     return nn.intercept_methods(interceptor)
 
@@ -187,7 +118,7 @@ def marginals(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], dtype=
         if not module.has_variable("probes", "marginals"):
             return y
         probe = module.get_variable("probes", "marginals")
-        return tap_sums(total_of, h, y, probe["f"], probe["g"])
+        return tap_sums(layer.sums, h, y, probe["f"], probe["g"])
 
     zeros = {
         path: {"f": jnp.zeros(layer.n_in, dtype), "g": jnp.zeros(layer.n_out, dtype)}
@@ -210,7 +141,7 @@ def gradient_on(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], S: M
         if not module.has_variable("probes", "c"):
             return y
         c, subset = module.get_variable("probes", "c"), module.get_variable("subset", "S")
-        mark = region if layer.kind == "conv" and covered(layer, h, h) else plainly
+        mark = region if covered(layer, h, h) else plainly
         return mark(("tap", "subset"), functools.partial(tap_subset, layer), h, y, c, subset)
 
     subset = nested({path: {"S": positions} for path, positions in S.items()})
@@ -243,7 +174,7 @@ tap_both.defvjp(_both_forward, _both_backward)
 def observe(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]):
     """h and delta of every layer, units first, its calls along the batch: {path: (h, delta)}.
 
-    What `gradient_at` reads. Errors: a layer called on images of several sizes.
+    What `Layer.gradient_at` reads. Errors: a layer called on inputs of several sizes.
     """
     return observe_and_sum(layers, {}, loss)[0]
 
@@ -268,7 +199,7 @@ def observe_and_sum(
         probe = module.get_variable("probes", MARK)
         if layer.path in summed:
             maps = reads_maps and covered(layer, h, h)
-            run = functools.partial(tap_sums, total_of_maps if maps else total_of)
+            run = functools.partial(tap_sums, total_of_maps if maps else layer.sums)
             mark = region if maps else plainly
             return mark(("tap", "sums"), run, h, y, probe["f"], probe["g"])
         call, seen[layer.path] = seen[layer.path], seen[layer.path] + 1
@@ -293,17 +224,16 @@ def observe_and_sum(
 
 
 def _units(layer: Layer, calls: list[Tree]) -> tuple[Array, Array]:
-    """h and delta of all calls, units first, joined along the batch; of none, one image of zeros.
+    """h and delta of all calls, units first, joined along the batch; of no calls, zeros.
 
-    Errors: images of two sizes, which nothing could join.
+    Errors: inputs of two sizes, which nothing could join.
     """
     if not calls:
-        sides = [(k - 1) * d + 1 for k, d in zip(layer.shape[:-2], layer.dilation, strict=False)]
-        return jnp.zeros((layer.n_in, 1, *sides)), jnp.zeros((layer.n_out, 1, *(1 for _ in sides)))
-    h, delta = zip(*(by_unit(layer, call["h"], call["y"]) for call in calls), strict=True)
-    if len({image.shape[2:] for image in h}) > 1:
+        return layer.unseen()
+    h, delta = zip(*(layer.by_unit(call["h"], call["y"]) for call in calls), strict=True)
+    if len({each.shape[2:] for each in h}) > 1:
         raise ConfigError(
-            f"layer {layer.path!r} is called on images of several sizes; call it on one size, or "
+            f"layer {layer.path!r} is called on inputs of several sizes; call it on one size, or "
             "leave it dense with sparse=lambda path: ..."
         )
     return (
@@ -320,10 +250,10 @@ def layer_calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> d
 
     def record(next_fun, args, kwargs, context):
         module = context.module
-        layer = layers.get(layer_path(module)) if is_layer(module) else None
-        if context.method_name != "__call__" or layer is None or another(module):
+        call = layer_call(layers, args, kwargs, context)
+        if call is None or another(module):
             return next_fun(*args, **kwargs)
-        h = jnp.asarray(args[0] if args else kwargs["inputs"])
+        layer, h = call[0], jnp.asarray(call[1])
         y = skipped(layer, module, h)
         shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
         calls[layer.path].append({"h": shape(h), "y": shape(y)})

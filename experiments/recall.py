@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from scipy.stats import rankdata
 
-from dst.network import Layer, Network
+from dst.layers import Layer
+from dst.network import Network
 
 ByLayer = Mapping[str, np.ndarray]
 Marginals = Mapping[str, tuple[np.ndarray, np.ndarray]]

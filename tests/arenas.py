@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dst.connections.arena import Arena, Part, fill
-from dst.network import Layer
+from dst.layers import Conv, Dense
 
 # Two or more blocks, a block with a remainder, one row, one column, and a convolution.
 SHAPES = ((9, 5), (1, 4), (7, 1), (2, 2, 3, 4), (6, 6))
@@ -28,7 +28,7 @@ def parts_of(shapes=SHAPES, block=BLOCK) -> tuple[Part, ...]:
     """Layers of these kernel shapes one after the other; a convolution has one block."""
     parts: list[Part] = []
     for l, shape in enumerate(shapes):
-        layer = Layer(f"layer{l}", "conv" if len(shape) == 4 else "dense", shape)
+        layer = (Conv if len(shape) == 4 else Dense)(f"layer{l}", shape)
         n_in = layer.size // layer.n_out
         size = n_in if len(shape) == 4 else min(block, n_in)
         parts.append(Part(layer, size, parts[-1].end if parts else 0))

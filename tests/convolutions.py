@@ -6,14 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dst.connections.backends import cpp as kernels
-from dst.network import Layer
+from dst.layers import Conv
 
 
 class Case(NamedTuple):
     """A convolution's connections in an arena with 3 foreign ones before and 2 behind, and maps."""
 
-    layer: Layer
+    layer: Conv
     W: np.ndarray  # (kx ky n_in, n_out), float32 numbers
     column: np.ndarray
     output: np.ndarray  # of the layer's own connections
@@ -34,8 +33,8 @@ def make(
     seed, batch, sides, channels, taps, strides=(1, 1), padding="SAME", dilation=(1, 1), p=0.3
 ):
     rng = np.random.default_rng(seed)
-    layer = Layer("layer", "conv", (*taps, *channels), strides, padding, dilation)
-    n_in = layer.size // layer.n_out
+    layer = Conv("layer", (*taps, *channels), None, strides, padding, dilation)
+    n_in = layer.columns
     W = np.where(rng.random((n_in, layer.n_out)) < p, normal(rng, n_in, layer.n_out), 0)
     output, column = np.nonzero(W.T)
     values = np.concatenate([normal(rng, 3), W[column, output], normal(rng, 2)])
@@ -43,7 +42,7 @@ def make(
     counts = np.bincount(output, minlength=layer.n_out)
     pointer = np.concatenate([[3], 3 + np.cumsum(counts)]).astype(np.int32)
     x = normal(rng, batch, *sides, channels[0])
-    delta = normal(rng, batch, *kernels.output_sides(layer, sides), channels[1])
+    delta = normal(rng, batch, *layer.output_sides(sides), channels[1])
     kept = normal(rng, values.size)
     other, k, delta_k = (
         normal(rng, *delta.shape),

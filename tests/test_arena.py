@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from dst.connections.arena import BLOCK, PER_ROW, Arena, fill, lay_out, place, positions, rows_of
 from dst.errors import ConfigError
-from dst.network import Layer, Network
+from dst.layers import Conv, Dense
+from dst.network import Network
 from tests.arenas import listed, ordered, parts_of, possible, random_case, slices
 
 examples = settings(max_examples=20, deadline=None)
@@ -19,8 +20,8 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def net_of(*shapes):
-    kinds = {2: "dense", 4: "conv"}
-    layers = {f"l{n}": Layer(f"l{n}", kinds[len(s)], s) for n, s in enumerate(shapes)}
+    kinds = {2: Dense, 4: Conv}
+    layers = {f"l{n}": kinds[len(s)](f"l{n}", s) for n, s in enumerate(shapes)}
     return Network(None, layers, {}, (), {}, "sparse")
 
 

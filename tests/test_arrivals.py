@@ -15,10 +15,10 @@ from scipy import stats
 
 from dst.connections.arena import Part
 from dst.connections.backends import cpp as kernels
+from dst.layers import Dense
 from dst.methods import arrivals, sample
 from dst.methods.sample import Sampling
 from dst.methods.units import cumulative_shares
-from dst.network import Layer
 
 SHAPE, CHUNK = (24, 40), 64  # 960 pairs, dozens of buckets and heavy outputs of their own
 TRIALS, GROUPS = 1000, 5  # groups of 8 outputs
@@ -47,7 +47,7 @@ def setting(size: int) -> Setting:
 
 
 def part_of(block: int) -> Part:
-    return Part(Layer("layer", "dense", SHAPE), block, 0)
+    return Part(Dense("layer", SHAPE), block, 0)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "rounds", "chunk", "block", "exhaustible"))
@@ -163,7 +163,7 @@ def test_one_round_is_as_many_arrivals_as_are_asked_for():
 def test_pairs_of_a_very_large_layer_are_numbered_in_32_bits():
     """2^20 x 2^20: every bucket's pairs are told apart, up to the last column and output."""
     n = 2**20
-    part = Part(Layer("layer", "dense", (n, n)), 512, 0)
+    part = Part(Dense("layer", (n, n)), 512, 0)
     f = cumulative_shares(jnp.zeros(n).at[jnp.array([0, 5, 600, n - 1])].set(1.0))
     g = cumulative_shares(jnp.zeros(n).at[jnp.array([0, 9, n - 1])].set(1.0))
     none = lambda column, output: jnp.zeros(column.shape, bool)  # noqa: E731
@@ -186,7 +186,7 @@ def test_pairs_of_a_very_large_layer_are_numbered_in_32_bits():
 def test_by_chance_every_connection_of_the_network_is_as_likely(dense):
     """Two shapes, three layers: frequencies, and the spread of how many each layer gets."""
     shapes, size = ((12, 20), (30, 25), (30, 25)), 150 if dense else 40
-    parts = [Part(Layer(f"layer{l}", "dense", s), s[0], 0) for l, s in enumerate(shapes)]
+    parts = [Part(Dense(f"layer{l}", s), s[0], 0) for l, s in enumerate(shapes)]
     start = np.cumsum([0, *(part.layer.size for part in parts)])
     mask = jnp.asarray(np.random.default_rng(0).random(start[-1]) < 0.1)
     first, n_out = jnp.asarray(start[:-1]), jnp.array([s[1] for s in shapes])

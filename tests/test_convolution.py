@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dst.layers.convolution import faster
+from dst.layers.conv import faster
 from tests.executions import precisions
 
 CASES = [

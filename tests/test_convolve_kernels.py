@@ -1,6 +1,7 @@
 """The compiled convolutions against float64 sums; nothing here runs where they were not built."""
 
 import ctypes
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dst.connections.backends import cpp as kernels
-from dst.network import Layer
+from dst.layers import Conv
 from tests import levels
 from tests.convolutions import activation, expected, gradient, make, near
 
@@ -136,15 +137,15 @@ pads = st.tuples(st.integers(0, 3), st.integers(0, 3))
     threads=st.integers(1, 3),
 )
 def test_any_convolution_matches_a_float64_one(threads, **geometry):
-    layer = Layer(
+    layer = Conv(
         "layer",
-        "conv",
         (*geometry["taps"], 1, 1),
+        None,
         geometry["strides"],
         geometry["padding"],
         geometry["dilation"],
     )
-    if min(kernels.output_sides(layer, geometry["sides"])) > 0:
+    if min(layer.output_sides(geometry["sides"])) > 0:
         check(make(**geometry), threads)
 
 
@@ -222,7 +223,7 @@ def test_wrong_arguments_are_named():
             run(case, arrays=arrays)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a pair lies outside of the kernel"):
         run(case, pairs=[np.int32([0]), np.int32([3])])
-    wide = case.layer._replace(shape=(13, 1, 2, 3), padding=((6, 6), (0, 0)))
+    wide = dataclasses.replace(case.layer, shape=(13, 1, 2, 3), padding=((6, 6), (0, 0)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="kernels have 1 to 11 rows"):
         run(case, layer=wide)
 

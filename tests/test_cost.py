@@ -8,9 +8,10 @@ import pytest
 import tiny
 
 import dst
+from dst.layers import Conv, Dense, Layer
 from dst.methods.table import ROWS
 from dst.models import MLP, VGG16, ResNet
-from dst.network import Layer, Network
+from dst.network import Network
 from dst.state import first_counts
 from dst.training import cost, log
 
@@ -90,13 +91,13 @@ def test_peak_words_to_the_word(row):
     field = "growth_memory" if name == "rigl" else "heuristic"
     method = dst.method(name, 0.9, every=1, end=2)
     method = method._replace(**{field: option} if option else {})
-    found = cost.peak_words(method, network_of(Layer("a", "dense", (100, 100))))
+    found = cost.peak_words(method, network_of(Dense("a", (100, 100))))
     assert found == pytest.approx(OTHERS[row], rel=1e-12)
 
 
 def test_the_subset_of_gse_v2_is_gamma_times_the_active():
     method = dst.method("gse_v2", 0.9)._replace(heuristic="uniform", subset_ratio=3.0)
-    found = cost.peak_words(method, network_of(Layer("a", "dense", (100, 100))))
+    found = cost.peak_words(method, network_of(Dense("a", (100, 100))))
     assert found == pytest.approx(0.4 + 2 * 3 * 0.1, rel=1e-12)
 
 
@@ -106,7 +107,7 @@ def test_a_network_denser_than_its_scores_has_its_peak_in_training(vgg):
 
 
 def test_graest_has_an_f_for_every_column_of_a_convolution():
-    net = network_of(Layer("a", "conv", (3, 3, 20, 40)))
+    net = network_of(Conv("a", (3, 3, 20, 40)))
     grabo = dst.method("gse", 0.9)
     difference = cost.peak_words(grabo._replace(heuristic="graest"), net) - cost.peak_words(
         grabo, net

@@ -16,6 +16,7 @@ from dst.connections import execution, fusion
 from dst.connections.arena import positions
 from dst.connections.backends import cpp as kernels
 from dst.connections.execution import forward
+from dst.layers import Conv
 from tests import tiny
 from tests.convolutions import near, normal
 from tests.executions import dense
@@ -242,7 +243,7 @@ def test_a_rewire_sees_the_same_in_a_fused_model():
                 y, _ = forward(one, params, state.masks, collections, images, **options)
                 return jnp.sum(weight * y)
 
-            maps = {path: layer for path, layer in one.layers.items() if layer.kind == "conv"}
+            maps = {path: layer for path, layer in one.layers.items() if isinstance(layer, Conv)}
             _, sums = probes.observe_and_sum({}, maps, loss)
             return sums, probes.gradient_on(one.layers, loss, S)
 

@@ -16,8 +16,8 @@ from dst.connections import initial
 from dst.connections.initial import fan_in_weights, random_positions
 from dst.connections.masks import Masks
 from dst.errors import ConfigError
+from dst.layers import Conv
 from dst.methods.distributions import DISTRIBUTIONS, active_count, layer_counts, layer_densities
-from dst.network import Layer
 from dst.training.loop import collapsed_layers
 from tests.tiny import kernels as kernels_of
 from tests.tiny import setup
@@ -267,5 +267,5 @@ def test_a_layer_below_a_tenth_of_its_first_count_is_told_once():
 def test_dead_units_are_counted():
     mask = np.zeros((2, 2, 3, 5), bool)
     mask[0, 1, 2, 3] = mask[1, 1, 0, 0] = True
-    layer = Layer("a", "conv", mask.shape)
+    layer = Conv("a", mask.shape)
     assert int(Masks([layer], {"a": jax.numpy.asarray(mask)}).dead_units()["a"]) == 3

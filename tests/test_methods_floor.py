@@ -15,9 +15,9 @@ import dst
 from dst.connections.base import bits, lowest, row_salts
 from dst.connections.hashing import salts
 from dst.connections.masks import Masks
+from dst.layers import Dense
 from dst.methods.drop import View, unprotected
 from dst.methods.plan import floors, plan
-from dst.network import Layer
 from dst.training import train
 from tests.arenas import hashed
 from tests.test_train import small
@@ -92,7 +92,7 @@ KEY = jax.random.key(5)
 @jax.jit
 def dropping(keep, weights, masks, k):
     """What no floor protects, and the k weakest of it."""
-    layers = [Layer(f"Dense_{l}", "dense", (1, mask.size)) for l, mask in enumerate(masks)]
+    layers = [Dense(f"Dense_{l}", (1, mask.size)) for l, mask in enumerate(masks)]
     A = Masks(layers, {layer.path: m[None] for layer, m in zip(layers, masks, strict=True)})
     view = View(A, jnp.concatenate(weights), row_salts(A.parts, KEY), {})
     loose = unprotected(keep, view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_pruning_to_nothing_is_refused():
 @pytest.mark.parametrize("N", [1, 2, 5, 50, 99, 432, 500, 10**6])
 def test_the_highest_sparsity_is_the_highest(N):
     """To one digit more than N has."""
-    layer = small("masked").layers["Dense_0"]._replace(shape=(1, N))
+    layer = dataclasses.replace(small("masked").layers["Dense_0"], shape=(1, N))
     net = small("masked")._replace(layers={"Dense_0": layer})
     with pytest.raises(dst.ConfigError) as caught:
         count_of(net, 1 - 1e-12)

@@ -12,7 +12,7 @@ import pytest
 
 import dst
 from dst.errors import ConfigError
-from dst.layers import obstacle
+from dst.layers import Conv, Dense, obstacle
 from dst.network import network
 
 IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
@@ -85,8 +85,8 @@ def test_every_kind_of_use_is_found_and_the_rest_listed():
     dense |= {"transposed/kernel", "general/kernel", "embedding/embedding"}
     net = network(model, IMAGE)
     assert {path: layer.shape for path, layer in net.layers.items()} == shapes
-    assert {layer.kind for path, layer in net.layers.items() if path != "remat"} == {"dense"}
-    assert net.layers["remat"][3:] == ((2, 2), "VALID", (1, 1), None)
+    assert {type(layer) for path, layer in net.layers.items() if path != "remat"} == {Dense}
+    assert net.layers["remat"] == Conv("remat", (3, 2, 4, 6), None, (2, 2), "VALID", (1, 1))
     assert net.dense == dict.fromkeys(dense, "not the kernel of nn.Dense or nn.Conv")
     assert net.possible == 144 + 42 + 35 + 3 * 25 + 9 + 12
     net = network(model, IMAGE, sparse=lambda path: path.startswith("s"))

@@ -10,6 +10,7 @@ import pytest
 
 from dst import observe as probes
 from dst.errors import ConfigError
+from dst.layers import Dense
 from dst.network import network
 from tests.test_probes import (
     Layers,
@@ -27,7 +28,7 @@ def units_first(layer, calls):
     """What `observe` should give: channels, then the batch of all calls, then space."""
     h, delta = [], []
     for x, y in calls:
-        if layer.kind == "dense":
+        if isinstance(layer, Dense):
             h.append(x.reshape(-1, x.shape[-1]).T)
             delta.append(y.reshape(-1, y.shape[-1]).T)
         else:
@@ -52,7 +53,7 @@ def test_h_and_delta_of_every_call_are_observed(model):
             G = {}
             for path, layer in net.layers.items():
                 column, output = jnp.divmod(S[path], layer.n_out)
-                G[path] = probes.gradient_at(layer, *seen[path], column, output)
+                G[path] = layer.gradient_at(*seen[path], column, output)
             return seen, G
 
         seen, G = look(S)
@@ -137,7 +138,7 @@ def test_a_layer_that_is_never_called_is_seen_as_zeros():
         assert not any(a.any() for a in seen[path])
         layer = net.layers[path]
         column, output = jnp.divmod(jnp.arange(layer.size), layer.n_out)
-        G = probes.gradient_at(layer, *seen[path], column, output)
+        G = layer.gradient_at(*seen[path], column, output)
         np.testing.assert_array_equal(G, np.zeros(layer.size))
 
 
@@ -152,6 +153,6 @@ def test_a_convolution_of_images_of_two_sizes_is_refused_in_a_sentence():
     net = network(Scales(), x)
     variables = net.model.init(jax.random.key(0), x)
     with pytest.raises(
-        ConfigError, match=r"'conv' is called on images of several sizes; .*sparse="
+        ConfigError, match=r"'conv' is called on inputs of several sizes; .*sparse="
     ):
         probes.observe(net.layers, loss_of_one(net, variables, x))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dst import observe as probes
+from dst.layers import base
 from dst.network import network
 
 CONVS = {
@@ -214,7 +215,7 @@ def test_chunks_with_a_remainder_and_subsets_of_nothing(monkeypatch):
     net, variables, x, mix = setting(Structure(False))
     variables = jax.tree.map(jnp.float32, variables)
     loss = loss_of(net, variables, jnp.float32(x), jnp.float32(mix))
-    monkeypatch.setattr(probes, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 100)
     S = subsets(net, 0.7) | {"remat_layer": jnp.zeros(0, jnp.int32)}
     del S["first"]  # a layer that is not asked
     G = jax.jit(lambda: probes.gradient_on(net.layers, loss, S))()

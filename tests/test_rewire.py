@@ -18,9 +18,9 @@ from dst.connections.arena import positions
 from dst.connections.base import Candidates, bits, lowest, row_salts
 from dst.connections.hashing import salts
 from dst.connections.masks import Masks
+from dst.layers import Dense
 from dst.methods.plan import plan
 from dst.methods.schedules import largest_remainder
-from dst.network import Layer
 from tests.arenas import hashed
 from tests.executions import structure
 from tests.tiny import active, batch, kernels, loss, setup
@@ -32,7 +32,7 @@ KEY = jax.random.key(4)
 @functools.partial(jax.jit, static_argnums=5)
 def exchange(A, w, S, score, k, size):
     """Drop the k weakest of A, grow the k <= size best of S: (A without P, that with G)."""
-    layer = Layer("layer", "dense", (A.size, 1))
+    layer = Dense("layer", (A.size, 1))
     masks = Masks([layer], {"layer": A[:, None]})
     salt = row_salts(masks.parts, KEY)
     dropped = lowest(bits(jnp.abs(w)), masks.exists, k, lambda: masks.hashes(salt))

@@ -14,6 +14,7 @@ from dst.connections.backends import cpp as kernels
 from dst.connections.base import no_candidates, row_salts
 from dst.connections.hashing import salts
 from dst.connections.masks import Masks
+from dst.layers import Conv, Dense
 from dst.methods import stream
 from dst.update import AXIS, parallel
 from tests import tiny
@@ -78,7 +79,7 @@ def test_a_block_is_summed_in_float32():
 def gradient(layer, h, delta):
     """dL/dw from h and delta, by sums over windows in float64."""
     h, delta = np.float64(h), np.float64(delta)
-    if layer.kind == "dense":
+    if isinstance(layer, Dense):
         return h @ delta.T
     G, (sx, sy), (dx, dy) = np.zeros(layer.shape), layer.strides, layer.dilation
     for a, b, x, y in np.ndindex(*layer.shape[:2], *delta.shape[2:]):
@@ -88,12 +89,11 @@ def gradient(layer, h, delta):
 
 def integers(rng, layer, devices=2, batch=2):
     """h and delta of small integers on each device: sums are exact and many are equal."""
-    sides = 2 if layer.kind == "conv" else 0
-    out = (3, 2)[:sides]
-    extent = [
-        (n - 1) * s + (k - 1) * d + 2
-        for n, s, k, d in zip(out, layer.strides, layer.shape, layer.dilation, strict=False)
-    ]
+    out, extent = (), []
+    if isinstance(layer, Conv):
+        out = (3, 2)
+        steps = zip(out, layer.strides, layer.shape, layer.dilation, strict=False)
+        extent = [(n - 1) * s + (k - 1) * d + 2 for n, s, k, d in steps]
     draw = lambda *shape: rng.integers(-1, 2, (devices, *shape)).astype(np.float32)  # noqa: E731
     return draw(layer.n_in, batch, *extent), draw(layer.n_out, batch, *out)
 

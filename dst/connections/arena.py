@@ -29,7 +29,8 @@ from dst.connections.hashing import hashed
 from dst.connections.moments import refuse_unless_coordinate_wise
 from dst.connections.ranges import over_range, rows_of
 from dst.errors import ConfigError
-from dst.network import Layer, Network
+from dst.layers.base import Layer
+from dst.network import Network
 
 Array = jax.Array
 
@@ -209,8 +210,8 @@ def lay_out(net: Network, counts: Mapping[str, int]) -> tuple[Part, ...]:
     parts: list[Part] = []
     first = 0
     for path, layer in net.layers.items():
-        n_in = layer.size // layer.n_out
-        block = n_in if layer.kind == "conv" else min(BLOCK, n_in)
+        n_in = layer.columns
+        block = min(BLOCK, n_in) if layer.matrix else n_in
         while block < n_in and block * counts[path] < PER_ROW * layer.size:
             block = min(2 * block, n_in)
         parts.append(Part(layer, block, first))

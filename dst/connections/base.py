@@ -18,7 +18,8 @@ import optax
 from jax import lax
 
 from dst.connections.hashing import salts
-from dst.network import Layer, Network
+from dst.layers.base import Layer
+from dst.network import Network
 
 Array = jax.Array
 
@@ -35,7 +36,7 @@ class Part(NamedTuple):
     @property
     def n_in(self) -> int:
         """Columns: inputs, of a convolution (kx, ky, n_in) flattened."""
-        return self.layer.size // self.layer.n_out
+        return self.layer.columns
 
     @property
     def n_out(self) -> int:

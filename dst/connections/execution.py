@@ -32,8 +32,8 @@ from dst.connections.products import (
     frozen_product,
     product,
 )
-from dst.layers.convolution import convolve, faster
-from dst.network import Network, is_foreign, is_layer, layer_path, skipped
+from dst.layers.conv import faster
+from dst.network import Network, is_foreign, layer_call, skipped
 from dst.sown import without
 
 Array = jax.Array
@@ -78,7 +78,7 @@ def fusible(net: Network, params: Any, connections: Connections) -> bool:
     """Whether kernels may compute more than one operation of this model at once."""
     if not net.fuse or not isinstance(connections, Arena):
         return False
-    maps = any(part.layer.kind == "conv" for part in connections.parts)
+    maps = any(part.layer.convolves for part in connections.parts)
     values = params[VALUES]["kernel"]
     # Elsewhere than within a trace, the model would be traced again in every call.
     return maps and compiled(values) and isinstance(values, jax.core.Tracer)
@@ -109,34 +109,35 @@ def arena_parts(connections: Connections) -> dict[str, Part]:
     return {part.layer.path: part for part in connections.parts}
 
 
-def part_of(module: nn.Module, parts: Mapping[str, Part]) -> Part | None:
-    """The part of the arena that this module is to multiply with; None if it has none.
+def part_call(
+    parts: Mapping[str, Part], args: tuple, kwargs: Mapping[str, Any], context: Any
+) -> tuple[Part, Any] | None:
+    """Of an intercepted call: the part of the arena it is to multiply with, and what; or None.
 
-    As a layer has that is applied to variables of its own, whatever it is called.
+    None too for a layer that is applied to variables of its own, whatever it is called.
     """
-    part = parts.get(layer_path(module)) if is_layer(module) else None
-    return part if part and module.has_variable(VALUES, "values") else None
+    call = layer_call(parts, args, kwargs, context)
+    return call if call and context.module.has_variable(VALUES, "values") else None
 
 
 def sparse_layers(arena: Arena, values: Array, frozen: bool, mark: Callable = plainly) -> Callable:
     """Interceptor: y = W h + b of the sparse layers, from the arena; `mark` is `region` to fuse."""
     parts = arena_parts(arena)
-    maps = any(part.layer.kind == "conv" for part in arena.parts)
+    maps = any(part.layer.convolves for part in arena.parts)
     passed, outside = [values], tracers.current_trace()
 
     def interceptor(next_fun, args, kwargs, context):
         module = context.module
-        part = part_of(module, parts) if context.method_name == "__call__" else None
-        if part is None:
+        call = part_call(parts, args, kwargs, context)
+        if call is None:
             if context.method_name == "__call__" and isinstance(module, nn.BatchNorm):
                 x, others = (args[0], args[1:]) if args else (kwargs["x"], ())
                 if maps and compiled(values) and fits(module, x, others, kwargs):
                     return batch_norm(module, x, mark)
             return next_fun(*args, **kwargs)
+        part, h = call
         bias = module.get_variable("params", "bias") if module.use_bias else None
-        h, _, bias = module.promote_dtype(
-            args[0] if args else kwargs["inputs"], values[:0], bias, dtype=module.dtype
-        )
+        h, _, bias = module.promote_dtype(h, values[:0], bias, dtype=module.dtype)
         # One chain of values through all layers, see `products`. A trace of its own (nn.remat)
         # would leak them: such a layer begins a chain, at the cost of K more numbers.
         chained = not frozen and tracers.current_trace() == outside
@@ -166,7 +167,7 @@ def linear(
     }
     values = own["values"] if values is None else values
     arena = Arena(own["column"], own["pointer"], ())
-    if part.layer.kind == "dense":
+    if part.layer.matrix:
         columns = h.reshape(-1, h.shape[-1]).T.astype(values.dtype)
         if frozen:
             y = frozen_product(part, values, arena, columns)
@@ -175,8 +176,8 @@ def linear(
         if bias is not None:
             y = add_bias(y, bias.astype(y.dtype))
         return y.T.reshape(*h.shape[:-1], part.n_out).astype(h.dtype), values
-    images = h.reshape(-1, *h.shape[-3:])
     if covered(part.layer, values, h):
+        images = h.reshape(-1, *h.shape[-3:])
         body = frozen_convolution if frozen else convolution
 
         def run(values, column, pointer, x):
@@ -187,22 +188,17 @@ def linear(
         y, values = (found, values) if frozen else found
         if bias is not None:
             y = mark(("bias",), add_channel_bias, y, bias)
-    else:
-        y, values = _expanded(part, values, arena, images, frozen)
-        if bias is not None:
-            y += bias.reshape(1, 1, 1, -1)
-    return y.reshape(*h.shape[:-3], *y.shape[1:]), values
+        return y.reshape(*h.shape[:-3], *y.shape[1:]), values
+    y, values = _expanded(part, values, arena, h, frozen)
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)), values
 
 
-def _expanded(part: Part, values: Array, arena: Arena, images: Array, frozen: bool):
-    """The convolution by its dense kernel, and `values`."""
+def _expanded(part: Part, values: Array, arena: Arena, h: Array, frozen: bool):
+    """The product with the dense kernel, made for this moment, and `values`."""
     kernel, values = expand(part, values, arena)
     if frozen:
         kernel = jax.lax.stop_gradient(kernel)
-    kernel = kernel.astype(images.dtype)
-    if jax.default_backend() == "cpu":
-        return convolve(part.layer, images, kernel), values
-    return part.layer.convolve(images, kernel), values
+    return part.layer.apply_fast(h, kernel.astype(h.dtype)), values
 
 
 def described(net: Network, params: Any, connections: Connections, collections: Mapping, **kwargs):
@@ -242,13 +238,12 @@ def expanded_convolutions(net: Network) -> dict[str, bool]:
     expanded: dict[str, bool] = {}  # of the convolutions, by path
 
     def record(next_fun, args, kwargs, context):
-        module = context.module
-        layer = net.layers.get(layer_path(module)) if is_layer(module) else None
-        if context.method_name != "__call__" or layer is None:
+        call = layer_call(net.layers, args, kwargs, context)
+        if call is None:
             return next_fun(*args, **kwargs)
-        h = args[0] if args else kwargs["inputs"]
-        y = skipped(layer, module, h)
-        if layer.kind == "conv":
+        layer, h = call
+        y = skipped(layer, context.module, h)
+        if not layer.matrix:
             x = jax.ShapeDtypeStruct(jnp.shape(h), y.dtype)
             expanded[layer.path] = not covered(layer, jax.ShapeDtypeStruct((), jnp.float32), x)
         return y
@@ -263,14 +258,14 @@ def init_rest(net: Network, key: Array) -> dict[str, Any]:
 
     def without_kernels(next_fun, args, kwargs, context):
         module = context.module
-        layer = net.layers.get(layer_path(module)) if is_layer(module) else None
-        if context.method_name != "__call__" or layer is None or is_foreign(module):
+        call = layer_call(net.layers, args, kwargs, context)
+        if call is None or is_foreign(module):
             return next_fun(*args, **kwargs)
-        scope = module.scope
+        (layer, h), scope = call, module.scope
         if module.use_bias and not scope.has_variable("params", "bias"):
             scope.make_rng("params")  # the kernel's: the bias is drawn as if there had been one
             scope.param("bias", module.bias_init, (layer.n_out,), module.param_dtype)
-        return skipped(layer, module, args[0] if args else kwargs["inputs"])
+        return skipped(layer, module, h)
 
     @jax.jit
     def init(key):

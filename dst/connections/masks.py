@@ -14,7 +14,8 @@ from flax import traverse_util
 from dst.connections.base import Candidates, Execution, Part, Rule
 from dst.connections.hashing import hashed
 from dst.errors import ConfigError
-from dst.network import Layer, Network
+from dst.layers.base import Layer
+from dst.network import Network
 
 Array = jax.Array
 
@@ -233,7 +234,7 @@ def parts_of(layers: Iterable[Layer]) -> tuple[Part, ...]:
     parts: list[Part] = []
     for layer in layers:
         first = parts[-1].end if parts else 0
-        parts.append(Part(layer, layer.size // layer.n_out, first))
+        parts.append(Part(layer, layer.columns, first))
     return tuple(parts)
 
 

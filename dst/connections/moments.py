@@ -20,7 +20,7 @@ import optax
 from flax import traverse_util
 
 from dst.errors import ConfigError, quoted
-from dst.network import Layer
+from dst.layers.base import Layer
 
 Array = jax.Array
 

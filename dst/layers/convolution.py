@@ -2,21 +2,21 @@
 
 The weight gradient is written there as a convolution whose window is the whole image, behind
 transposes; and a convolution over 2x2 pixels takes 10 times its arithmetic. Both are products of
-matrices, and `faster` runs every plain 2-D `nn.Conv` of an unmodified model so. The results are
-those of `lax.conv_general_dilated` but for the order of the sums.
+matrices, and `convolve` computes them as such. The results are those of `lax.conv_general_dilated`
+but for the order of the sums.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dst.layers.obstacle import obstacle
-from dst.network import Layer, describe
+if TYPE_CHECKING:
+    from dst.layers.conv import Conv
 
 Array = jax.Array
 
@@ -24,32 +24,16 @@ Array = jax.Array
 FEW_PIXELS = 4
 
 
-def faster(next_fun, args, kwargs, context):
-    """Interceptor for `nn.intercept_methods`: `convolve` in the place of XLA's on a CPU."""
-    module = context.module
-    plain = isinstance(module, nn.Conv) and context.method_name == "__call__"
-    if not plain or jax.default_backend() != "cpu" or obstacle(module):
-        return next_fun(*args, **kwargs)
-    x = args[0] if args else kwargs["inputs"]
-    layer = describe(module, x)
-    kernel = module.get_variable("params", "kernel")
-    bias = module.get_variable("params", "bias") if module.use_bias else None
-    x, kernel, bias = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
-    y = convolve(layer, x.reshape(-1, *x.shape[-3:]), kernel)
-    y = y.reshape(*x.shape[:-3], *y.shape[1:])
-    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def convolve(layer: Layer, x: Array, kernel: Array) -> Array:
-    """`layer.convolve` with dW as one dot: (B, H, W, I), (k, l, I, O) -> (B, H', W', O)."""
+def convolve(layer: Conv, x: Array, kernel: Array) -> Array:
+    """`layer.apply` with dW as one dot: (B, H, W, I), (k, l, I, O) -> (B, H', W', O)."""
     return _product(layer, kernel, x)
 
 
-def _product(layer: Layer, kernel: Array, x: Array) -> Array:
-    out = jax.eval_shape(layer.convolve, x, kernel)
+def _product(layer: Conv, kernel: Array, x: Array) -> Array:
+    out = jax.eval_shape(layer.apply, x, kernel)
     if out.shape[1] * out.shape[2] > FEW_PIXELS:
-        return layer.convolve(x, kernel)
+        return layer.apply(x, kernel)
     y = jnp.zeros(out.shape, out.dtype)
     for a, row in enumerate(_shifted(layer, x, 0, out.shape[1])):
         for b, pixel in enumerate(_shifted(layer, row, 1, out.shape[2])):
@@ -58,7 +42,7 @@ def _product(layer: Layer, kernel: Array, x: Array) -> Array:
     return y
 
 
-def _shifted(layer: Layer, x: Array, axis: int, size: int) -> list[Array]:
+def _shifted(layer: Conv, x: Array, axis: int, size: int) -> list[Array]:
     """What each tap of the kernel along `axis` (0 or 1) reads, `size` pixels long there."""
     pad, stride, step = layer.pads(x.shape[1:3])[axis], layer.strides[axis], layer.dilation[axis]
     x = jnp.pad(x, [pad if i == axis + 1 else (0, 0) for i in range(4)])
@@ -67,7 +51,7 @@ def _shifted(layer: Layer, x: Array, axis: int, size: int) -> list[Array]:
     return [lax.slice_in_dim(x, t, t + reach, stride, axis=axis + 1) for t in starts]
 
 
-def _weight_gradient(layer: Layer, x: Array, delta: Array) -> Array:
+def _weight_gradient(layer: Conv, x: Array, delta: Array) -> Array:
     """dW[a, b, i, o]: the columns' shifts go to x, the rows' to delta, and one dot sums them."""
     height, strides = x.shape[1], layer.strides
     (top, _), _ = layer.pads(x.shape[1:3])

@@ -18,11 +18,11 @@ import numpy as np
 from jax import lax
 
 from dst.connections.base import Connections
-from dst.connections.execution import arena_parts, linear, part_of, variables_of
+from dst.connections.execution import arena_parts, linear, part_call, variables_of
 from dst.errors import ConfigError
-from dst.layers.obstacle import obstacle
-from dst.network import Layer, Network, describe, is_layer
-from dst.observe import marginals, observe_and_sum, window
+from dst.layers.base import Layer, kind_of
+from dst.network import Network, input_of
+from dst.observe import marginals, observe_and_sum
 from dst.state import SparseState
 from dst.update import AXIS, Loss, run_loss, stream
 
@@ -84,27 +84,8 @@ def graest(net: Network, state: SparseState, seen: Seen) -> Marginals:
     for l, (path, layer) in enumerate(net.layers.items()):
         h, delta = seen.units[path]
         sign = jax.random.rademacher(jax.random.fold_in(key, l), delta.shape[1:], delta.dtype)
-        sums[path] = signed_sums(layer, h, delta, sign)
+        sums[path] = layer.signed_sums(h, delta, sign)
     return jax.tree.map(jnp.abs, lax.psum(sums, AXIS))
-
-
-def signed_sums(layer: Layer, h: Array, delta: Array, sign: Array) -> tuple[Array, Array]:
-    """sum_b r_b h_b over the columns and sum_b r_b delta_b; h and delta from `observe`.
-
-    Shapes: sign (B,), or (B, H', W') of a convolution -> (columns,), (n_out,), at least float32.
-    """
-
-    def total(a: Array) -> Array:
-        rows, dtype = a.reshape(a.shape[0], -1), jnp.promote_types(a.dtype, jnp.float32)
-        return jnp.matmul(rows, sign.ravel().astype(a.dtype), preferred_element_type=dtype)
-
-    def read_at(place: Array) -> Array:
-        return total(window(layer, h, delta, (*place, jnp.int32(0)), layer.n_in))
-
-    if layer.kind == "dense":
-        return total(h), total(delta)
-    places = jnp.array([*np.ndindex(layer.shape[:2])], jnp.int32)
-    return lax.map(read_at, places).ravel(), total(delta)
 
 
 def synflow(net: Network) -> Callable[[SparseState], Marginals]:
@@ -225,22 +206,20 @@ def _linear(params: Any) -> Any:
 
 
 def _twin(connections: Connections) -> Callable:
-    """Interceptor: Dense, Conv and BatchNorm as in the linear twin, in float64."""
+    """Interceptor: layers and BatchNorm as in the linear twin, in float64."""
     sparse = arena_parts(connections)
 
     def interceptor(next_fun, args, kwargs, context):
         module = context.module
-        x = args[0] if args else kwargs.get("inputs", kwargs.get("x"))
         if context.method_name == "__call__":
             if isinstance(module, nn.BatchNorm):
-                return _normalise(module, x)
-            if part := part_of(module, sparse):
-                return linear(part, module, x, frozen=True)[0] + TRACE
-            if is_layer(module) and obstacle(module) is None:
-                kernel = module.get_variable("params", "kernel")
-                dense = isinstance(module, nn.Dense)
-                y = x @ kernel if dense else describe(module, x).convolve(x, kernel)
-                return y + TRACE
+                return _normalise(module, args[0] if args else kwargs["x"])
+            if call := part_call(sparse, args, kwargs, context):
+                part, h = call
+                return linear(part, module, h, frozen=True)[0] + TRACE
+            if (kind := kind_of(module)) and kind.obstacle(module) is None:
+                h, kernel = input_of(args, kwargs), module.get_variable("params", "kernel")
+                return kind.describe("", module, h).apply(h, kernel) + TRACE
         return next_fun(*args, **kwargs)
 
     return interceptor

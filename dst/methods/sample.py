@@ -60,7 +60,7 @@ def alike(parts: Sequence[Part]) -> list[list[int]]:
     """Layers of one shape, which share one compiled program: ResNet-56 has 7 of them, not 57."""
     groups: dict[Any, list[int]] = {}
     for l, part in enumerate(parts):
-        groups.setdefault((part.layer.shape, part.block), []).append(l)
+        groups.setdefault((part.layer.shape, part.block, part.layer.large), []).append(l)
     return list(groups.values())
 
 

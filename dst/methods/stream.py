@@ -18,11 +18,12 @@ from jax import lax
 
 from dst.connections.base import NOWHERE, Candidates, Connections, Part, no_candidates
 from dst.connections.select import best
+from dst.layers.base import Layer
 from dst.methods.grow import Sample, Source, room
 from dst.methods.plan import Plan
 from dst.methods.table import Method
-from dst.network import Layer, Network
-from dst.observe import observe, window
+from dst.network import Network
+from dst.observe import observe
 from dst.state import SparseState
 from dst.update import Loss, average, run_loss
 
@@ -35,22 +36,12 @@ BLOCK = 2**20  # connections scored at a time
 def gradient_block(
     layer: Layer, h: Array, delta: Array, corner: Sequence[Array], size: tuple[int, int]
 ) -> Array:
-    """dL/dw of a block: sum_r h[i, r] delta[o, r], r the batch and output positions; one product.
+    """dL/dw of a block, as `Layer.gradient_block`, averaged over the devices.
 
     Corner (kx, ky, i, o) int32, size (inputs, outputs); h and delta from `observe`. Shapes:
-    (inputs, outputs), at least float32; averaged over the devices.
+    (inputs, outputs), at least float32.
     """
-    *place, i, o = corner
-    delta = lax.dynamic_slice_in_dim(delta, o, size[1])
-    if layer.kind == "conv":
-        h = window(layer, h, delta, (*place, i), size[0])
-    else:
-        h = lax.dynamic_slice_in_dim(h, i, size[0])
-    h, delta = (a.reshape(a.shape[0], -1) for a in (h, delta))
-    dtype = jnp.result_type(h, delta, jnp.float32)
-    return average(
-        jnp.matmul(h, delta.T, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
-    )
+    return average(layer.gradient_block(h, delta, corner, size))
 
 
 # ----------------------------------------------------------------------------------------- blocks
@@ -59,7 +50,7 @@ def corners(layer: Layer, size: tuple[int, int], run: int) -> np.ndarray:
 
     No block but the last of a run of `run` inputs has fewer inputs than `size` says.
     """
-    kx, ky = layer.shape[:-2] or (1, 1)
+    kx, ky = layer.places
     inputs = [
         i
         for begin in range(0, layer.n_in, run)
@@ -83,8 +74,7 @@ def fit(layer: Layer, corner: Sequence[Array], size: tuple[int, int]) -> tuple[l
 def first_column(layer: Layer, corner: Sequence[Array]) -> Array:
     """The column (kx, ky, i) flattened of a block's corner: int32 ()."""
     kx, ky, i, _ = corner
-    width = layer.shape[1] if layer.kind == "conv" else 1
-    return (kx * width + ky) * layer.n_in + i
+    return (kx * layer.places[1] + ky) * layer.n_in + i
 
 
 def over_blocks(starts: list[np.ndarray], blocks: list[Callable], merge: Callable, carry: Any):

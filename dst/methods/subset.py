@@ -19,14 +19,15 @@ from dst.connections.backends import cpp as kernels
 from dst.connections.backends.dispatch import compiled, on_cpu
 from dst.connections.base import Candidates, Connections, Part, no_candidates, table
 from dst.connections.select import best
+from dst.layers.base import Layer
 from dst.methods.arrivals import Pairs
 from dst.methods.grow import Sample, Source, room
 from dst.methods.heuristics import HEURISTICS, look
 from dst.methods.plan import Plan, asked, plan
 from dst.methods.sample import Sampling, alike, fold_subset, hold_subset, sampling
 from dst.methods.table import Method
-from dst.network import Layer, Network
-from dst.observe import gradient_at, gradient_on
+from dst.network import Network
+from dst.observe import gradient_on
 from dst.state import SparseState
 from dst.update import AXIS, REWIRE_STREAM, Loss, all_finite, run_loss, stream
 
@@ -119,7 +120,7 @@ def scored_later(net: Network, method: Method, A: Connections) -> Layers:
         return net.layers
     if HEURISTICS[method.heuristic].holds:
         return {}
-    return {path: layer for path, layer in net.layers.items() if layer.kind == "conv"}
+    return {path: layer for path, layer in net.layers.items() if layer.large}
 
 
 def observed(
@@ -221,10 +222,10 @@ def scorer(part: Part, units: tuple[Array, Array]) -> Callable[[Array, Array], A
     h, delta = units
 
     def score(column: Array, output: Array) -> Array:
-        if part.layer.kind == "dense" and compiled(h) and compiled(delta):
+        if part.layer.matrix and compiled(h) and compiled(delta):
             G = kernels.gradient_on(column, output, h, delta)
         else:
-            G = gradient_at(part.layer, h, delta, column, output)
+            G = part.layer.gradient_at(h, delta, column, output)
         return jnp.abs(lax.pmean(G, AXIS))
 
     return score

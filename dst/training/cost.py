@@ -86,8 +86,8 @@ def _heuristic_words(method: Method, net: Network, density: float) -> float:
     # GraEst has an f for each column (kx, ky, i) of a convolution.
     units = 0
     for layer in net.layers.values():
-        taps = math.prod(layer.shape[:-2]) if method.heuristic == "graest" else 1
-        units += taps * layer.n_in + layer.n_out
+        inputs = layer.columns if method.heuristic == "graest" else layer.n_in
+        units += inputs + layer.n_out
     return units / net.possible
 
 

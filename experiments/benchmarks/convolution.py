@@ -19,8 +19,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from dst.layers import Conv
 from dst.layers.convolution import convolve
-from dst.network import Layer
 from dst.training import log
 
 # (channels, pixels) of the layers of ResNet-56 and VGG-16 / 4, batch 128.
@@ -29,13 +29,13 @@ SHAPES = ((16, 32), (32, 16), (64, 8), (128, 4), (128, 2))
 
 def variants(channels: int, pixels: int) -> dict:
     """{name: call} of one layer."""
-    layer = Layer("conv", "conv", (3, 3, channels, channels), padding=((1, 1), (1, 1)))
+    layer = Conv("conv", (3, 3, channels, channels), padding=((1, 1), (1, 1)))
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (128, pixels, pixels, channels))
     w = jax.random.normal(keys[1], layer.shape)
     delta = jax.random.normal(keys[2], x.shape)
     calls = {}
-    for name, product in (("xla", layer.convolve), ("dst", functools.partial(convolve, layer))):
+    for name, product in (("xla", layer.apply), ("dst", functools.partial(convolve, layer))):
         gradient = lambda x, w, delta, f=product: jax.vjp(f, x, w)[1](delta)  # noqa: E731
         dx = jax.jit(lambda x, w, d, g=gradient: g(x, w, d)[0])
         dw = jax.jit(lambda x, w, d, g=gradient: g(x, w, d)[1])

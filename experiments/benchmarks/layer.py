@@ -26,7 +26,8 @@ from dst.connections.arena import Arena, Part, fill, lay_out
 from dst.connections.backends import cpp as kernels
 from dst.connections.initial import random_positions
 from dst.connections.products import product
-from dst.network import Layer, Network
+from dst.layers import Dense
+from dst.network import Network
 from experiments.benchmarks import measure
 
 Array = jax.Array
@@ -73,7 +74,7 @@ FINISH: dict[str, Callable] = {
 
 def part_of(size: int, density: float) -> Part:
     """The layer's place in an arena of its own."""
-    layer = Layer("layer", "dense", (size, size))
+    layer = Dense("layer", (size, size))
     net = Network(None, {"layer": layer}, {}, (), {}, "sparse")  # type: ignore[arg-type]
     return lay_out(net, {"layer": connections_of(size, density)})[0]
 

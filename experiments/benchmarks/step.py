@@ -30,7 +30,7 @@ import optax
 import dst
 from dst import models
 from dst.config import default
-from dst.layers.convolution import faster
+from dst.layers.conv import faster
 from dst.training import log, steps
 from dst.update import parallel, replicate, update_body
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dst.connections.backends.native.library import interface, library, source_hash
-from dst.network import Layer
+from dst.layers.base import Layer
 
 Array = jax.Array
 
@@ -145,7 +145,7 @@ def convolve(
     Shapes: x (N, H, W, n_in), pointer (n_out + 1,) -> (N, H', W', n_out), (2, n_out) or (0,).
     """
     n = x.map.shape[0]
-    rows, columns = output_sides(layer, x.map.shape[1:3])
+    rows, columns = layer.output_sides(x.map.shape[1:3])
     shapes = (n, rows, columns, layer.n_out), (2, layer.n_out) if moments else (0,)
     call = kernel(
         "dst_convolve",
@@ -214,15 +214,8 @@ def layouts(delta: Read) -> list:
     return [None if delta.other is None else MAP, None]
 
 
-def output_sides(layer: Layer, sides: tuple[int, ...]) -> list[int]:
-    """H', W' of a convolution on maps of H, W."""
-    sizes = zip(layer.shape, layer.strides, layer.dilation, layer.pads(sides), sides, strict=False)
-    return [(n + sum(pad) - (k - 1) * d - 1) // s + 1 for k, s, d, pad, n in sizes]
-
-
 def _taps(layer: Layer, x: Array) -> dict[str, Any]:
-    (top, _), (left, _) = layer.pads(x.shape[1:3])
-    taps = np.array([*layer.shape[:2], *layer.strides, top, left, *layer.dilation], np.int64)
+    taps = np.array(layer.taps(x.shape[1:3]), np.int64)
     return {"taps": taps, "threads": np.int64(THREADS)}
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dst.connections.backends import cpp as kernels
-from dst.network import Layer
+from dst.layers.base import Layer
 
 Array = jax.Array
 
@@ -31,9 +31,9 @@ def tier() -> str:
 
 
 def covered(layer: Layer, values: Any, x: Any) -> bool:
-    """Whether the C++ kernels convolve this: as `compiled`, with a kernel of 11 x 11 at most.
+    """Whether the C++ kernels convolve this: a convolution, `compiled`, of 11 x 11 taps at most.
 
     XLA fails to compile their layout for a map of no images.
     """
-    floats = x.dtype == jnp.float32 and compiled(values)
+    floats = layer.convolves and x.dtype == jnp.float32 and compiled(values)
     return floats and max(layer.shape[:2]) <= kernels.MOST_TAPS and x.size > 0

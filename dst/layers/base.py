@@ -1,0 +1,180 @@
+"""What a layer is to `dst`: static data about a kernel, and the mathematics of its product.
+
+A layer gives y = apply(h, kernel) + b, linear in the kernel, the units of h and y along their last
+axes. A kind of layers is a subclass: it says which module it stands for, describes a call of it,
+and has the product. All else has general defaults, right for any such kind, though by way of the
+kernel's whole gradient; `dense.py` and `conv.py` do better.
+
+h and delta = dL/dy by unit are (n_in, ...) and (n_out, ...), the batch next: what gradients are
+computed from where all calls of a layer are held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+# Products of one chunk of candidates: 2^20 float32 (4 MiB) keeps them in cache, whatever |S| is.
+CHUNK_ELEMENTS = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A sparse kernel (..., n_in, n_out) of a model: the protocol, and its defaults."""
+
+    path: str  # 'a/b' for params['a']['b']['kernel']
+    shape: tuple[int, ...]
+    precision: Any = None  # the module's, see `jax.lax.Precision`
+
+    module_type: ClassVar[type[nn.Module]]  # whose calls are such layers, subclasses' too
+    matrix: ClassVar[bool] = False  # y = h @ kernel: multiplied without its dense kernel, in blocks
+    convolves: ClassVar[bool] = False  # `taps` and `output_sides` are there for compiled kernels
+    large: ClassVar[bool] = True  # h and delta of all calls are too large to hold, if it can be
+    plural: ClassVar[str] = "layers"  # in the log
+
+    # ---------------------------------------------------------------------- what a kind must have
+    @classmethod
+    def describe(cls, path: str, module: Any, h: Any) -> Layer:
+        """The layer that this call of a module is, of an input h as array or shape."""
+        raise NotImplementedError(f"{cls.__name__} needs describe(path, module, h)")
+
+    def apply(self, h: Array, kernel: Array) -> Array:
+        """y without the bias: (..., n_in), (..., n_in, n_out) -> (..., n_out)."""
+        raise NotImplementedError(f"{type(self).__name__} needs apply(h, kernel)")
+
+    # --------------------------------------------------------------------------- what it is called
+    @classmethod
+    def obstacle(cls, module: Any) -> str | None:
+        """Why the product of this module is another; None if it is `apply`, plus the bias."""
+        return None
+
+    # --------------------------------------------------------------------------------- its numbers
+    @property
+    def n_in(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def n_out(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def columns(self) -> int:
+        """Weights of one output: inputs, of a convolution (kx, ky, n_in) flattened."""
+        return self.size // self.n_out
+
+    @property
+    def size(self) -> int:
+        """Possible connections."""
+        return math.prod(self.shape)
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """(kx, ky): the kernel is this many matrices (n_in, n_out)."""
+        return 1, math.prod(self.shape[:-2])
+
+    # ------------------------------------------------------------------------------------- forward
+    def output(self, h: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+        """Shape and type of y, computed in `dtype`, of an input h as array or shape."""
+        like = lambda shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+        return like(jax.eval_shape(self.apply, like(h.shape), like(self.shape)).shape)
+
+    def apply_fast(self, h: Array, kernel: Array) -> Array:
+        """`apply` in the way that suits this backend best."""
+        return self.apply(h, kernel)
+
+    def output_sides(self, sides: tuple[int, ...]) -> list[int]:
+        """H', W' of a convolution on maps of H, W."""
+        raise NotImplementedError
+
+    def taps(self, sides: tuple[int, ...]) -> list[int]:
+        """kx, ky, strides, rows and columns of zeros before a map of H, W, and dilations."""
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------- of h and delta
+    def sums(self, x: Array, dtype: Any) -> Array:
+        """The sum of |x| of each unit, x being h or delta: (..., n) -> (n,)."""
+        return jnp.sum(jnp.abs(x), axis=tuple(range(x.ndim - 1)), dtype=dtype)
+
+    def by_unit(self, h: Array, delta: Array) -> tuple[Array, Array]:
+        """h and delta of a call, units first, the batch next."""
+        return jnp.moveaxis(h, -1, 0), jnp.moveaxis(delta, -1, 0)
+
+    def unseen(self) -> tuple[Array, Array]:
+        """h and delta by unit of a layer that is never called."""
+        return jnp.zeros((self.n_in, 0)), jnp.zeros((self.n_out, 0))
+
+    # ------------------------------------------------------------------- from h and delta by unit
+    def kernel_gradient(self, h: Array, delta: Array) -> Array:
+        """dL/dw of the whole kernel, at least float32."""
+        dtype = jnp.promote_types(h.dtype, jnp.float32)
+        if not h.size:
+            return jnp.zeros(self.shape, dtype)
+        h, delta = (jnp.moveaxis(a, 0, -1).astype(dtype) for a in (h, delta))
+        y, pull = jax.vjp(lambda kernel: self.apply(h, kernel), jnp.zeros(self.shape, dtype))
+        return pull(delta.astype(y.dtype))[0]
+
+    def gradient_at(self, h: Array, delta: Array, column: Array, output: Array) -> Array:
+        """dL/dw of the connections (column, output); column is (places, n_in) flattened.
+
+        Shapes: int32 (n,), (n,) -> float (n,), at least float32.
+        """
+        return self.kernel_gradient(h, delta).reshape(-1, self.n_out)[column, output]
+
+    def gradient_block(
+        self, h: Array, delta: Array, corner: Sequence[Array], size: tuple[int, int]
+    ) -> Array:
+        """dL/dw of a block, corner (kx, ky, i, o) int32: (inputs, outputs), at least float32."""
+        dense = self.kernel_gradient(h, delta).reshape(*self.places, self.n_in, self.n_out)
+        return lax.dynamic_slice(dense, corner, (1, 1, *size)).reshape(size)
+
+    def signed_sums(self, h: Array, delta: Array, sign: Array) -> tuple[Array, Array]:
+        """f, g of GraEst for signs r: sum_r r h over what each column reads, sum_r r delta.
+
+        Shapes: sign as delta without its first axis -> (columns,), (n_out,), at least float32.
+        """
+        # What the columns of output 0 read, those of all outputs read.
+        f = self.kernel_gradient(h, jnp.zeros_like(delta).at[0].set(sign.astype(delta.dtype)))
+        return f.reshape(-1, self.n_out)[:, 0], signed_total(delta, sign)
+
+
+def signed_total(a: Array, sign: Array) -> Array:
+    """sum_r r a of each unit, at least float32: (n, ...), (...) -> (n,)."""
+    rows, dtype = a.reshape(a.shape[0], -1), jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.matmul(rows, sign.ravel().astype(a.dtype), preferred_element_type=dtype)
+
+
+def block_product(h: Array, delta: Array) -> Array:
+    """sum_r h[i, r] delta[o, r], r all other axes; one product, at least float32."""
+    h, delta = (a.reshape(a.shape[0], -1) for a in (h, delta))
+    dtype = jnp.result_type(h, delta, jnp.float32)
+    return jnp.matmul(h, delta.T, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+
+def chunk_of(elements: int, candidates: int) -> int:
+    """How many candidates of so many products each are computed at once."""
+    return max(1, min(candidates, CHUNK_ELEMENTS // elements))
+
+
+# ------------------------------------------------------------------------------------ the registry
+KINDS: list[type[Layer]] = []  # `register` adds one
+
+
+def register(kind: type[Layer]) -> type[Layer]:
+    """Makes `dst.network` find layers of this kind."""
+    KINDS.append(kind)
+    return kind
+
+
+def kind_of(module: Any) -> type[Layer] | None:
+    """The kind whose module is the class of this one, or the closest of its base classes."""
+    kinds = {kind.module_type: kind for kind in KINDS}
+    return next((kinds[cls] for cls in type(module).__mro__ if cls in kinds), None)

@@ -1,0 +1,178 @@
+"""`nn.Conv` in two dimensions: strides, padding and kernel dilation, channels last."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dst.layers.base import Layer, block_product, chunk_of, register, signed_total
+from dst.layers.convolution import convolve
+from dst.layers.obstacle import changed
+
+Array = jax.Array
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Strides or dilations as Flax takes them: None, a number or two."""
+    if value is None:
+        return (1, 1)
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Conv(Layer):
+    """A kernel (kx, ky, n_in, n_out) on maps (..., H, W, n_in).
+
+    By unit h is (n_in, B, H, W) with its padding, delta (n_out, B, H', W').
+    """
+
+    strides: tuple[int, int] = (1, 1)
+    padding: Any = "SAME"  # or "VALID", or zeros before and after rows and columns
+    dilation: tuple[int, int] = (1, 1)
+
+    module_type = nn.Conv
+    convolves = True
+    plural = "convolutions"
+
+    @classmethod
+    def describe(cls, path: str, module: Any, h: Any) -> Conv:
+        padding = module.padding
+        if not isinstance(padding, str):
+            sides = (padding,) * 2 if isinstance(padding, int) else padding
+            padding = tuple(pair(side) for side in sides)
+        shape = (*module.kernel_size, h.shape[-1], module.features)
+        strides, dilation = pair(module.strides), pair(module.kernel_dilation)
+        return cls(path, shape, module.precision, strides, padding, dilation)
+
+    @classmethod
+    def obstacle(cls, module: Any) -> str | None:
+        if why := changed(module, nn.Conv):
+            return why
+        size = module.kernel_size
+        if isinstance(size, int) or len(size) != 2:
+            return f"kernel_size {size}: only 2-D convolutions are covered"
+        if module.feature_group_count != 1:
+            return f"feature_group_count {module.feature_group_count}"
+        if pair(module.input_dilation) != (1, 1):
+            return f"input_dilation {module.input_dilation}"
+        if isinstance(module.padding, str) and module.padding not in ("SAME", "VALID"):
+            return f"padding {module.padding!r}"
+        if module.mask is not None:
+            return "a mask= of its own"
+        if module.conv_general_dilated is not None or module.conv_general_dilated_cls is not None:
+            return "a custom conv_general_dilated"
+        return None
+
+    @property
+    def places(self) -> tuple[int, int]:
+        return self.shape[0], self.shape[1]
+
+    def pads(self, sides: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of zeros around a map of H, W."""
+        if not isinstance(self.padding, str):
+            return self.padding
+        return tuple(lax.padtype_to_pads(sides, self._extent(), self.strides, self.padding))
+
+    def _extent(self) -> list[int]:
+        """Rows and columns between the first and the last that the kernel reads."""
+        return [(k - 1) * d + 1 for k, d in zip(self.shape[:2], self.dilation, strict=True)]
+
+    # ------------------------------------------------------------------------------------- forward
+    def apply(self, h: Array, kernel: Array) -> Array:
+        """(..., H, W, n_in), (kx, ky, n_in, n_out) -> (..., H', W', n_out)."""
+        y = lax.conv_general_dilated(
+            h.reshape(-1, *h.shape[-3:]),
+            kernel,
+            self.strides,
+            self.pads(h.shape[-3:-1]),
+            rhs_dilation=self.dilation,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=self.precision,
+        )
+        return y.reshape(*h.shape[:-3], *y.shape[1:])
+
+    def apply_fast(self, h: Array, kernel: Array) -> Array:
+        if jax.default_backend() != "cpu":
+            return self.apply(h, kernel)
+        y = convolve(self, h.reshape(-1, *h.shape[-3:]), kernel)
+        return y.reshape(*h.shape[:-3], *y.shape[1:])
+
+    def output_sides(self, sides: tuple[int, ...]) -> list[int]:
+        steps = zip(self._extent(), self.strides, self.pads(sides), sides, strict=True)
+        return [(n + sum(pad) - extent) // stride + 1 for extent, stride, pad, n in steps]
+
+    def taps(self, sides: tuple[int, ...]) -> list[int]:
+        (top, _), (left, _) = self.pads(sides)
+        return [*self.shape[:2], *self.strides, top, left, *self.dilation]
+
+    # ------------------------------------------------------------------------------ h and delta
+    def by_unit(self, h: Array, delta: Array) -> tuple[Array, Array]:
+        h = h.reshape(-1, *h.shape[-3:])
+        h = jnp.pad(h, ((0, 0), *self.pads(h.shape[1:3]), (0, 0)))
+        return h.transpose(3, 0, 1, 2), delta.reshape(-1, *delta.shape[-3:]).transpose(3, 0, 1, 2)
+
+    def unseen(self) -> tuple[Array, Array]:
+        return jnp.zeros((self.n_in, 1, *self._extent())), jnp.zeros((self.n_out, 1, 1, 1))
+
+    def window(self, h: Array, delta: Array, corner: Sequence[Any], channels: int) -> Array:
+        """What a kernel position reads for every output position: h[i:, b, x s + kx d, y s + ky d].
+
+        Corner (kx, ky, i) int32; h and delta by unit -> (channels, B, H', W').
+        """
+        (sx, sy), (dx, dy) = self.strides, self.dilation
+        batch, out_x, out_y = delta.shape[1:]
+        kx, ky, i = corner
+        size = (channels, batch, (out_x - 1) * sx + 1, (out_y - 1) * sy + 1)
+        start = (i, jnp.zeros_like(i), kx * dx, ky * dy)
+        return lax.dynamic_slice(h, start, size)[..., ::sx, ::sy]
+
+    def gradient_at(self, h: Array, delta: Array, column: Array, output: Array) -> Array:
+        """sum_bxy h[i, b, x s + kx d, y s + ky d] delta[o, b, x, y]."""
+        dtype = jnp.promote_types(h.dtype, jnp.float32)
+        kx, ky, i = jnp.unravel_index(column, self.shape[:3])
+
+        def one(position):
+            *corner, o = position
+            return jnp.sum(self.window(h, delta, corner, 1)[0] * delta[o], dtype=dtype)
+
+        chunk = chunk_of(math.prod(delta.shape[1:]), column.size)
+        return lax.map(one, (kx, ky, i, output), batch_size=chunk)
+
+    def gradient_block(self, h, delta, corner, size):
+        *place_and_input, o = corner
+        delta = lax.dynamic_slice_in_dim(delta, o, size[1])
+        return block_product(self.window(h, delta, place_and_input, size[0]), delta)
+
+    def signed_sums(self, h: Array, delta: Array, sign: Array) -> tuple[Array, Array]:
+        """Every output position of every image has a sign: (B, H', W')."""
+
+        def read_at(place: Array) -> Array:
+            read = self.window(h, delta, (*place, jnp.int32(0)), self.n_in)
+            return signed_total(read, sign)
+
+        places = jnp.array([*np.ndindex(self.shape[:2])], jnp.int32)
+        return lax.map(read_at, places).ravel(), signed_total(delta, sign)
+
+
+def faster(next_fun, args, kwargs, context):
+    """Interceptor for `nn.intercept_methods`: `convolve` in the place of XLA's on a CPU."""
+    module = context.module
+    plain = isinstance(module, nn.Conv) and context.method_name == "__call__"
+    if not plain or jax.default_backend() != "cpu" or Conv.obstacle(module):
+        return next_fun(*args, **kwargs)
+    x = args[0] if args else kwargs["inputs"]
+    layer = Conv.describe("", module, x)
+    kernel = module.get_variable("params", "kernel")
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    x, kernel, bias = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
+    y = layer.apply_fast(x, kernel)
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

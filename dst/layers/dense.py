@@ -1,0 +1,64 @@
+"""`nn.Dense`: y = h W, over the last axis of h, whatever axes come before it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dst.layers.base import Layer, block_product, chunk_of, register, signed_total
+from dst.layers.obstacle import changed
+
+Array = jax.Array
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Dense(Layer):
+    """A kernel (n_in, n_out). By unit h is (n_in, B), delta (n_out, B), B rows of all axes."""
+
+    module_type = nn.Dense
+    matrix = True
+    large = False
+
+    @classmethod
+    def describe(cls, path: str, module: Any, h: Any) -> Dense:
+        return cls(path, (h.shape[-1], module.features), module.precision)
+
+    @classmethod
+    def obstacle(cls, module: Any) -> str | None:
+        if why := changed(module, nn.Dense):
+            return why
+        custom = module.dot_general is not None or module.dot_general_cls is not None
+        return "a custom dot_general" if custom else None
+
+    def apply(self, h: Array, kernel: Array) -> Array:
+        over = (((h.ndim - 1,), (0,)), ((), ()))
+        return lax.dot_general(h, kernel, over, precision=self.precision)
+
+    def by_unit(self, h: Array, delta: Array) -> tuple[Array, Array]:
+        return h.reshape(-1, h.shape[-1]).T, delta.reshape(-1, delta.shape[-1]).T
+
+    def unseen(self) -> tuple[Array, Array]:
+        return jnp.zeros((self.n_in, 1)), jnp.zeros((self.n_out, 1))
+
+    def gradient_at(self, h: Array, delta: Array, column: Array, output: Array) -> Array:
+        """sum_b h[i, b] delta[o, b]."""
+        dtype = jnp.promote_types(h.dtype, jnp.float32)
+
+        def one(position):
+            return jnp.sum(h[position[0]] * delta[position[1]], dtype=dtype)
+
+        return lax.map(one, (column, output), batch_size=chunk_of(h.shape[1], column.size))
+
+    def gradient_block(self, h, delta, corner, size):
+        *_, i, o = corner
+        rows = lax.dynamic_slice_in_dim(h, i, size[0])
+        return block_product(rows, lax.dynamic_slice_in_dim(delta, o, size[1]))
+
+    def signed_sums(self, h: Array, delta: Array, sign: Array) -> tuple[Array, Array]:
+        return signed_total(h, sign), signed_total(delta, sign)
