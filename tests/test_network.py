@@ -336,5 +336,6 @@ def test_a_model_that_is_one_layer_is_refused():
 
 def test_more_connections_than_int32_can_number_are_refused():
     wide = layer(lambda: nn.Dense(2**16, name="a"))
+    net = network(Model(wide), jax.ShapeDtypeStruct((2, 2**15), jnp.float32))
     with pytest.raises(ConfigError, match=f"has {2**31} possible connections"):
-        network(Model(wide), jax.ShapeDtypeStruct((2, 2**15), jnp.float32))
+        dst.init_state(net, optax.sgd(0.1), dst.method("random", 0.99), jax.random.key(0))

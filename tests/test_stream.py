@@ -122,9 +122,9 @@ def test_masked_the_choice_is_top_k_of_all_layers(monkeypatch, block):
     )
     ties = []
     for l, layer in enumerate(layers.values()):
-        salt = np.asarray(salts(KEY, l, layer.n_out))
+        of = np.asarray(salts(KEY, l, layer.n_out))
         places = np.ndindex(layer.size // layer.n_out, layer.n_out)
-        ties += [hashed(salt[output], column) for column, output in places]
+        ties += [hashed(of[output], column) for column, output in places]
     order = np.lexsort((ties, -score))
     inactive = int(np.isfinite(score).sum())
     for size in (30, inactive + 5):

@@ -125,6 +125,7 @@ def _restore(net: Network, path: str | os.PathLike) -> tuple[Any, Connections, A
     counts = dict(zip(net.layers, (kernel.values.size for kernel in chosen), strict=True))
     connect = EXECUTIONS[net.execution].connect
     A, values = connect(net, counts, (kernel[1:] for kernel in chosen))
+    entries |= {name: kernel.dense() for name, kernel in kernels.items()}  # dense in this network
     leaves = {name: jnp.asarray(array) for name, array in entries.items()}
     for name in rest.keys() & leaves.keys():  # what was bfloat16 becomes that again
         leaves[name] = leaves[name].astype(rest[name].dtype)
