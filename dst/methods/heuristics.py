@@ -21,8 +21,8 @@ from jax import lax
 from dst.config import ConfigError
 from dst.connections.arena import Arena, Connections
 from dst.connections.execution import linear, part_call, variables_of
-from dst.layers.base import kind_of
-from dst.network import Network, input_of
+from dst.layers import BUILT_IN, kind_of
+from dst.network import Network, input_of, layer_path
 from dst.observe import marginals, observe
 from dst.state import SparseState
 from dst.update import AXIS, Loss, run_loss, stream
@@ -187,6 +187,7 @@ def _twin(connections: Connections) -> Callable:
     """Interceptor: layers and BatchNorm as in the linear twin, in float64."""
     parts = connections.parts if isinstance(connections, Arena) else ()
     sparse = {part.layer.path: part for part in parts}
+    masks = () if isinstance(connections, Arena) else connections
 
     def interceptor(next_fun, args, kwargs, context):
         module = context.module
@@ -196,8 +197,10 @@ def _twin(connections: Connections) -> Callable:
             if call := part_call(sparse, args, kwargs, context):
                 part, h = call
                 return linear(part, module, h, frozen=True)[0] + TRACE
-            if (kind := kind_of(module)) and kind.obstacle(module) is None:
-                h, kernel = input_of(args, kwargs), module.get_variable("params", "kernel")
+            kind = kind_of(module)
+            chosen = kind in BUILT_IN or layer_path(module) in masks
+            if kind and chosen and kind.obstacle(module) is None:
+                h, kernel = input_of(module, args, kwargs), module.get_variable("params", "kernel")
                 return kind.describe("", module, h).apply(h, kernel) + TRACE
         return next_fun(*args, **kwargs)
 
