@@ -14,7 +14,9 @@ from flax import traverse_util
 
 from dst.config import check_field
 from dst.errors import ConfigError, quoted
-from dst.layers.base import Layer, kind_of
+from dst.layers import BUILT_IN, Layer, kind_of
+from dst.layers.base import modules
+from dst.layers.fit import misfit
 from dst.layers.obstacle import jitted, mapped, unlike_float32
 from dst.sown import Path, sown
 
@@ -65,12 +67,15 @@ def layer_call(
     if context.method_name != "__call__" or kind_of(module) is None:
         return None
     layer = layers.get(layer_path(module))
-    return None if layer is None else (layer, input_of(args, kwargs))
+    return None if layer is None else (layer, input_of(module, args, kwargs))
 
 
-def input_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """h, however a layer is called."""
-    return [*args, *kwargs.values()][0]
+def input_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """h, however a layer is called. Raises: ConfigError if it is called with more."""
+    given = [*args, *kwargs.values()]
+    if len(given) != 1:
+        _refuse(layer_path(module), f"it is called with {len(given)} arguments, not with h alone")
+    return given[0]
 
 
 def network(
@@ -83,11 +88,11 @@ def network(
 ) -> Network:
     """Find the sparse kernels of `model` in `model(*args, **kwargs)`, without computing that.
 
-    Args: example inputs as arrays or shapes; `sparse(path)` says which of the `nn.Dense` and
-    `nn.Conv` layers are (default: all); `execution` whether they are held as dense arrays with
-    masks or truly sparse; `fuse` whether its kernels may compute what surrounds a convolution, too.
-    Errors: a chosen layer that the probes do not cover, anything under
-    nn.jit. A kernel of another kind stays dense, which is logged.
+    Args: example inputs as arrays or shapes; `sparse(path)` says which of the layers are, of those
+    kinds that `dst.layers` knows (default: all); `execution` whether they are held as dense arrays
+    with masks or truly sparse; `fuse` whether kernels may compute what surrounds a convolution too.
+    Raises: ConfigError for a chosen layer that is not covered, for anything under nn.jit. A kernel
+    of another kind stays dense, which is logged.
     """
     check_field("execution", execution)
     shapes = jax.eval_shape(lambda *a: a, *args)
@@ -105,7 +110,7 @@ def network(
         elif path != name and path in found:
             dense[name] = "not chosen"
         elif leaf.ndim >= 2 and not name.endswith("bias"):
-            dense[name] = "not the kernel of nn.Dense or nn.Conv"
+            dense[name] = f"not the kernel of {modules()}"
             LOGGER.warning("%s stays dense: it is %s.", name, dense[name])
     for path, layer in found.items():
         if layer and path not in layers:
@@ -114,7 +119,7 @@ def network(
     net = Network(model, dict(sorted(layers.items())), dense, shapes, kwargs, execution)
     net = net._replace(fuse=fuse)
     if not net.layers:
-        raise ConfigError("the model has no nn.Dense or nn.Conv layer that may be sparse.")
+        raise ConfigError(f"the model has no {modules()} layer that may be sparse.")
     return net._replace(sown=_sown(net, variables))
 
 
@@ -122,8 +127,9 @@ def _discover(model, shapes, kwargs, sparse) -> tuple[dict[str, Layer | None], d
     """{path: layer, or None if `sparse` leaves it out} in call order, and the variables' shapes."""
     found: dict[str, Layer | None] = {}
     foreign: set[str] = set()
+    untried: dict[str, tuple[Any, Any]] = {}
 
-    def record(module, kind, h):
+    def record(module, kind, args, keywords):
         path = layer_path(module)
         if path not in found and is_foreign(module):
             foreign.add(module.name or type(module).__name__)
@@ -133,8 +139,11 @@ def _discover(model, shapes, kwargs, sparse) -> tuple[dict[str, Layer | None], d
             _refuse(path, "it has no path; put a model that is one layer into a module")
         elif why := kind.obstacle(module) or mapped(module) or unlike_float32(module):
             _refuse(path, why)
-        else:
-            found.setdefault(path, kind.describe(path, module, h))
+        elif path not in found:
+            h = input_of(module, args, keywords)
+            found[path] = _described(kind, path, module, h)
+            if kind not in BUILT_IN:
+                untried[path] = module.clone(parent=None), jax.ShapeDtypeStruct(h.shape, h.dtype)
 
     def discover(next_fun, arguments, keywords, context):
         module = context.module
@@ -144,15 +153,25 @@ def _discover(model, shapes, kwargs, sparse) -> tuple[dict[str, Layer | None], d
                 "dst cannot look into; leave nn.jit away, since dst compiles the whole step."
             )
         if context.method_name == "__call__" and (kind := kind_of(module)):
-            record(module, kind, input_of(arguments, keywords))
+            record(module, kind, arguments, keywords)
         return next_fun(*arguments, **keywords)
 
     # Without jit: what runs under nn.jit and was traced before would not be seen, nor refused.
     with nn.intercept_methods(discover), jax.disable_jit():
         variables = _abstract_init(model, shapes, kwargs)
+    for path, call in untried.items():
+        if why := misfit(path, found[path], *call):
+            _refuse(path, why)
     for name in sorted(foreign):
         LOGGER.warning("%s stays dense: it is applied to variables of its own.", name)
     return found, variables
+
+
+def _described(kind: type[Layer], path: str, module: nn.Module, h: Any) -> Layer:
+    try:
+        return kind.describe(path, module, h)
+    except Exception as error:  # whatever a kind from outside raises
+        _refuse(path, f"{kind.__name__}.describe fails with {quoted(error)}")
 
 
 def _refuse(path: str, why: str) -> NoReturn:
@@ -167,7 +186,7 @@ def _abstract_init(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
 
 
 def _sown(net: Network, variables: Mapping[str, Any]) -> frozenset[Path]:
-    """What the model sows, from calls without the sparse kernels. Errors: kernels read elsewhere.
+    """What the model sows, from calls without the sparse kernels. Raises: kernels read elsewhere.
 
     And whatever the model itself raises when it is applied to its example inputs.
     """
@@ -188,7 +207,7 @@ def _sown(net: Network, variables: Mapping[str, Any]) -> frozenset[Path]:
         layer, h = call
         if not module.has_variable("probes", ""):
             _refuse(layer.path, "nn.scan, nn.vmap or nn.RNN shares its kernel between calls")
-        return skipped(layer, module, h)
+        return zero_output(layer, module, h)
 
     def run(collections, mutable=True):
         with nn.intercept_methods(skip):
@@ -220,14 +239,9 @@ def _abstract_apply(net: Network, variables: Mapping[str, Any], mutable: Any) ->
     return jax.eval_shape(run, variables, *net.args)
 
 
-def skipped(layer: Layer, module: Any, h: Any) -> jax.Array:
+def zero_output(layer: Layer, module: Any, h: Any) -> jax.Array:
     """Zeros in the shape of the layer's output, its kernel untouched."""
-    y = output_of(layer, module, h)
-    return jnp.zeros(y.shape, y.dtype)
-
-
-def output_of(layer: Layer, module: Any, h: Any) -> jax.ShapeDtypeStruct:
-    """Shape and type of the layer's output."""
     h, given = jnp.asarray(h), getattr(module, "param_dtype", jnp.float32)
     dtype = getattr(module, "dtype", None) or jnp.promote_types(h.dtype, given)
-    return layer.output(h, dtype)
+    y = layer.output(h, dtype)
+    return jnp.zeros(y.shape, y.dtype)

@@ -26,7 +26,7 @@ from dst.connections.backends.dispatch import covered
 from dst.connections.fusion import plainly, region
 from dst.errors import ConfigError
 from dst.layers.base import Layer
-from dst.network import is_foreign, layer_call, skipped
+from dst.network import is_foreign, layer_call, zero_output
 
 Array = jax.Array
 Tree = Mapping[str, Any]
@@ -45,7 +45,7 @@ def total_of_maps(x: Array, dtype: Any) -> Array:
     return maps.magnitudes(kernels.Read(x.reshape(-1, *x.shape[-3:]))).astype(dtype)
 
 
-def then(delta: Array, found: Array) -> Array:
+def delta_after(delta: Array, found: Array) -> Array:
     """delta on its way back, once `found` of it is there: else XLA may hold that of every layer."""
     return kernels.after(delta.reshape(-1, *delta.shape[-3:]), found).reshape(delta.shape)
 
@@ -57,7 +57,7 @@ def _sums_forward(total, h, y, f, g):
 def _sums_backward(total, residual, delta):
     f, g = residual
     summed = total(delta, g.dtype)
-    return None, then(delta, summed) if total is total_of_maps else delta, f, summed
+    return None, delta_after(delta, summed) if total is total_of_maps else delta, f, summed
 
 
 tap_sums.defvjp(_sums_forward, _sums_backward)
@@ -79,7 +79,7 @@ def _subset_backward(layer, residual, delta):
     if covered(layer, delta, h):
         x, d = (kernels.Read(a.reshape(-1, *a.shape[-3:])) for a in (h, delta))
         G = kernels.convolve_gradient_on(column, output, x, d, layer)
-        return None, then(delta, G), G, None
+        return None, delta_after(delta, G), G, None
     gradient = layer.gradient_at(*layer.by_unit(h, delta), column, output)
     return None, delta, gradient.astype(jnp.float32), None
 
@@ -174,7 +174,7 @@ tap_both.defvjp(_both_forward, _both_backward)
 def observe(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]):
     """h and delta of every layer, units first, its calls along the batch: {path: (h, delta)}.
 
-    What `Layer.gradient_at` reads. Errors: a layer called on inputs of several sizes.
+    What `Layer.gradient_at` reads. Raises: a layer called on inputs of several sizes.
     """
     return observe_and_sum(layers, {}, loss)[0]
 
@@ -219,17 +219,17 @@ def observe_and_sum(
             return loss({"probes": nested({path: {MARK: p} for path, p in probes.items()})})
 
     cotangents = jax.grad(probed)({**zeros, **sums})
-    units = {path: _units(layer, [*cotangents[path].values()]) for path, layer in held.items()}
+    units = {path: join_calls(layer, [*cotangents[path].values()]) for path, layer in held.items()}
     return units, {path: (cotangents[path]["f"], cotangents[path]["g"]) for path in summed}
 
 
-def _units(layer: Layer, calls: list[Tree]) -> tuple[Array, Array]:
+def join_calls(layer: Layer, calls: list[Tree]) -> tuple[Array, Array]:
     """h and delta of all calls, units first, joined along the batch; of no calls, zeros.
 
-    Errors: inputs of two sizes, which nothing could join.
+    Raises: inputs of two sizes, which nothing could join.
     """
     if not calls:
-        return layer.unseen()
+        return layer.never_called()
     h, delta = zip(*(layer.by_unit(call["h"], call["y"]) for call in calls), strict=True)
     if len({each.shape[2:] for each in h}) > 1:
         raise ConfigError(
@@ -254,7 +254,7 @@ def layer_calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> d
         if call is None or another(module):
             return next_fun(*args, **kwargs)
         layer, h = call[0], jnp.asarray(call[1])
-        y = skipped(layer, module, h)
+        y = zero_output(layer, module, h)
         shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
         calls[layer.path].append({"h": shape(h), "y": shape(y)})
         return y

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dst.layers.conv import faster
+from dst.layers.conv import fast_convolution
 from tests.executions import precisions
 
 CASES = [
@@ -35,7 +35,7 @@ def test_equals_flax_in_float64(case):
             return (y * weight).sum(), y
 
         def ours(variables, x):
-            with nn.intercept_methods(faster):
+            with nn.intercept_methods(fast_convolution):
                 return run(variables, x)
 
         grad = lambda f: jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(variables, x)  # noqa: E731
@@ -69,7 +69,7 @@ def test_leaves_other_layers_alone():
     ):
         x = jnp.ones(shape)
         variables = layer.init(jax.random.key(0), x)
-        with nn.intercept_methods(faster):
+        with nn.intercept_methods(fast_convolution):
             got = layer.apply(variables, x)
         np.testing.assert_array_equal(got, layer.apply(variables, x))
 
@@ -79,7 +79,7 @@ def test_bfloat16_and_extra_batch_axes():
     layer = nn.Conv(4, (3, 3), dtype=jnp.bfloat16)
     x = jax.random.normal(jax.random.key(0), (2, 3, 5, 5, 2))
     variables = layer.init(jax.random.key(1), x)
-    with nn.intercept_methods(faster):
+    with nn.intercept_methods(fast_convolution):
         got = layer.apply(variables, x)
     expected = layer.apply(variables, x)
     assert got.dtype == expected.dtype == jnp.bfloat16 and got.shape == expected.shape
@@ -94,7 +94,7 @@ def test_the_modules_precision_is_asked_for(strides):
     variables = layer.init(jax.random.key(0), x)
 
     def value(variables, x):
-        with nn.intercept_methods(faster):
+        with nn.intercept_methods(fast_convolution):
             return layer.apply(variables, x).sum()
 
     products = precisions(jax.make_jaxpr(jax.grad(value, argnums=(0, 1)))(variables, x))

@@ -1,7 +1,7 @@
 """Runs a model on its connections: masked kernels among the parameters, or an arena.
 
-In sparse execution an interceptor replaces the product of every sparse `nn.Dense` and `nn.Conv` of
-an unmodified model, and their kernels are never created, not even by `init`.
+In sparse execution an interceptor replaces the products of the sparse layers of an unmodified
+model. Their kernels are never created, not even by `init`, but where a layer is expanded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import tracers
+from flax.linen.dtypes import promote_dtype
 
 from dst.connections.arena import SPARSE, VALUES, Arena
 from dst.connections.backends.dispatch import compiled, covered, tier
@@ -32,8 +33,8 @@ from dst.connections.products import (
     frozen_product,
     product,
 )
-from dst.layers.conv import faster
-from dst.network import Network, is_foreign, layer_call, skipped
+from dst.layers.conv import fast_convolution
+from dst.network import Network, is_foreign, layer_call, zero_output
 from dst.sown import without
 
 Array = jax.Array
@@ -59,7 +60,7 @@ def forward(
     """
 
     def run(mark, params, connections, collections, args, kwargs):
-        interceptor = faster
+        interceptor = fast_convolution
         if isinstance(connections, Arena):
             interceptor = sparse_layers(connections, params[VALUES]["kernel"], frozen, mark)
         variables = variables_of(params, connections, collections)
@@ -136,8 +137,8 @@ def sparse_layers(arena: Arena, values: Array, frozen: bool, mark: Callable = pl
                     return batch_norm(module, x, mark)
             return next_fun(*args, **kwargs)
         part, h = call
-        bias = module.get_variable("params", "bias") if module.use_bias else None
-        h, _, bias = module.promote_dtype(h, values[:0], bias, dtype=module.dtype)
+        bias = module.get_variable("params", "bias")  # or None
+        h, _, bias = promote_dtype(h, values[:0], bias, dtype=getattr(module, "dtype", None))
         # One chain of values through all layers, see `products`. A trace of its own (nn.remat)
         # would leak them: such a layer begins a chain, at the cost of K more numbers.
         chained = not frozen and tracers.current_trace() == outside
@@ -208,14 +209,18 @@ def described(net: Network, params: Any, connections: Connections, collections: 
     """
     if not isinstance(connections, Arena):
         return ""
-    expanded = expanded_convolutions(net)
+    expanded = expanded_layers(net)
     words = [tier()]
-    if any(expanded.values()):
-        words += [f"{sum(expanded.values())} of {len(expanded)} convolutions are expanded"]
+    for kind in dict.fromkeys(type(layer) for layer in net.layers.values()):
+        these = [expanded[path] for path in expanded if type(net.layers[path]) is kind]
+        if any(these):
+            what = kind.plural or f"{kind.__name__} layers"
+            words += [f"{sum(these)} of {len(these)} {what} are expanded"]
     may_fuse = net.fuse and not all(expanded.values())  # else the model need not be traced for it
     if may_fuse and (fused := fused_convolutions(net, params, connections, collections, **kwargs)):
+        convolutions = sum(layer.convolves for layer in net.layers.values())
         words += [
-            f"{fused} of {len(expanded)} convolutions are fused with their batch normalisation"
+            f"{fused} of {convolutions} convolutions are fused with their batch normalisation"
         ]
     return "; ".join(words)
 
@@ -233,16 +238,16 @@ def fused_convolutions(net: Network, params, connections, collections, **kwargs)
     return sum(fused)
 
 
-def expanded_convolutions(net: Network) -> dict[str, bool]:
-    """Of each convolution, whether its dense kernel is made for the moment of the call."""
-    expanded: dict[str, bool] = {}  # of the convolutions, by path
+def expanded_layers(net: Network) -> dict[str, bool]:
+    """Of each layer but matrices, whether its dense kernel is made for the moment of the call."""
+    expanded: dict[str, bool] = {}
 
     def record(next_fun, args, kwargs, context):
         call = layer_call(net.layers, args, kwargs, context)
         if call is None:
             return next_fun(*args, **kwargs)
         layer, h = call
-        y = skipped(layer, context.module, h)
+        y = zero_output(layer, context.module, h)
         if not layer.matrix:
             x = jax.ShapeDtypeStruct(jnp.shape(h), y.dtype)
             expanded[layer.path] = not covered(layer, jax.ShapeDtypeStruct((), jnp.float32), x)
@@ -261,17 +266,16 @@ def init_rest(net: Network, key: Array) -> dict[str, Any]:
         call = layer_call(net.layers, args, kwargs, context)
         if call is None or is_foreign(module):
             return next_fun(*args, **kwargs)
-        (layer, h), scope = call, module.scope
-        if module.use_bias and not scope.has_variable("params", "bias"):
-            scope.make_rng("params")  # the kernel's: the bias is drawn as if there had been one
-            scope.param("bias", module.bias_init, (layer.n_out,), module.param_dtype)
-        return skipped(layer, module, h)
+        layer, h = call
+        layer.init(module, lambda: next_fun(*args, **kwargs))
+        return zero_output(layer, module, h)
 
     @jax.jit
     def init(key):
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), net.args)
         with nn.intercept_methods(without_kernels):
             variables = flax.core.unfreeze(net.model.init(key, *zeros, **net.kwargs))
-        return without(nn.meta.unbox(variables), net.sown)
+        kernels = frozenset(("params", *path.split("/"), "kernel") for path in net.layers)
+        return without(nn.meta.unbox(variables), net.sown | kernels)
 
     return {"params": {}, **init(key)}

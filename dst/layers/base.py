@@ -12,14 +12,17 @@ computed from where all calls of a layer are held.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from dst.errors import ConfigError
 
 Array = jax.Array
 
@@ -39,7 +42,7 @@ class Layer:
     matrix: ClassVar[bool] = False  # y = h @ kernel: multiplied without its dense kernel, in blocks
     convolves: ClassVar[bool] = False  # `taps` and `output_sides` are there for compiled kernels
     large: ClassVar[bool] = True  # h and delta of all calls are too large to hold, if it can be
-    plural: ClassVar[str] = "layers"  # in the log
+    plural: ClassVar[str] = ""  # how the log calls them
 
     # ---------------------------------------------------------------------- what a kind must have
     @classmethod
@@ -51,11 +54,18 @@ class Layer:
         """y without the bias: (..., n_in), (..., n_in, n_out) -> (..., n_out)."""
         raise NotImplementedError(f"{type(self).__name__} needs apply(h, kernel)")
 
-    # --------------------------------------------------------------------------- what it is called
+    # ------------------------------------------------------------------------------- of a module
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
         """Why the product of this module is another; None if it is `apply`, plus the bias."""
         return None
+
+    def init(self, module: Any, call: Callable[[], Any]) -> None:
+        """Makes the parameters of a module without those of its kernel; `call` would make all.
+
+        A kernel that is made is left out of the program, as nothing reads it.
+        """
+        call()
 
     # --------------------------------------------------------------------------------- its numbers
     @property
@@ -108,7 +118,7 @@ class Layer:
         """h and delta of a call, units first, the batch next."""
         return jnp.moveaxis(h, -1, 0), jnp.moveaxis(delta, -1, 0)
 
-    def unseen(self) -> tuple[Array, Array]:
+    def never_called(self) -> tuple[Array, Array]:
         """h and delta by unit of a layer that is never called."""
         return jnp.zeros((self.n_in, 0)), jnp.zeros((self.n_out, 0))
 
@@ -146,6 +156,14 @@ class Layer:
         return f.reshape(-1, self.n_out)[:, 0], signed_total(delta, sign)
 
 
+def init_bias(module: Any, n_out: int) -> None:
+    """The bias of a module of Flax, drawn as if there had been a kernel."""
+    scope = module.scope
+    if module.use_bias and not scope.has_variable("params", "bias"):
+        scope.make_rng("params")  # the kernel's
+        scope.param("bias", module.bias_init, (n_out,), module.param_dtype)
+
+
 def signed_total(a: Array, sign: Array) -> Array:
     """sum_r r a of each unit, at least float32: (n, ...), (...) -> (n,)."""
     rows, dtype = a.reshape(a.shape[0], -1), jnp.promote_types(a.dtype, jnp.float32)
@@ -159,17 +177,35 @@ def block_product(h: Array, delta: Array) -> Array:
     return jnp.matmul(h, delta.T, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
-def chunk_of(elements: int, candidates: int) -> int:
+def chunk_size(elements: int, candidates: int) -> int:
     """How many candidates of so many products each are computed at once."""
     return max(1, min(candidates, CHUNK_ELEMENTS // elements))
 
 
 # ------------------------------------------------------------------------------------ the registry
-KINDS: list[type[Layer]] = []  # `register` adds one
+KINDS: list[type[Layer]] = []  # what `dst.network` finds; `register` adds one
+
+Kind = TypeVar("Kind", bound=type[Layer])
 
 
-def register(kind: type[Layer]) -> type[Layer]:
-    """Makes `dst.network` find layers of this kind."""
+def register(kind: Kind) -> Kind:
+    """Makes `dst.network` find layers of this kind; a decorator, too.
+
+    Raises: ConfigError for a kind that lacks what the protocol asks for, or whose module has one.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Layer)):
+        raise ConfigError(f"{kind!r} is no kind of layers; allowed are subclasses of Layer.")
+    cls, name = getattr(kind, "module_type", None), kind.__name__
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ConfigError(f"{name}.module_type is {cls!r}; allowed are subclasses of nn.Module.")
+    own = lambda cls, function: inspect.getattr_static(cls, function)  # noqa: E731
+    if missing := [f for f in ("describe", "apply") if own(kind, f) is own(Layer, f)]:
+        raise ConfigError(f"{name} has no {' and no '.join(missing)} of its own.")
+    if cls in (taken := {other.module_type: other.__name__ for other in KINDS}):
+        raise ConfigError(
+            f"{name} is for {name_of(cls)}, which {taken[cls]} is registered for; a subclass of "
+            "the module may have a kind of its own."
+        )
     KINDS.append(kind)
     return kind
 
@@ -178,3 +214,14 @@ def kind_of(module: Any) -> type[Layer] | None:
     """The kind whose module is the class of this one, or the closest of its base classes."""
     kinds = {kind.module_type: kind for kind in KINDS}
     return next((kinds[cls] for cls in type(module).__mro__ if cls in kinds), None)
+
+
+def name_of(cls: type[nn.Module]) -> str:
+    """As it is usually written: 'nn.Dense'."""
+    return f"nn.{cls.__name__}" if cls.__module__.startswith("flax.linen") else cls.__name__
+
+
+def modules() -> str:
+    """Which modules can be sparse, in words."""
+    *names, last = [name_of(kind.module_type) for kind in KINDS]
+    return f"{', '.join(names)} or {last}"

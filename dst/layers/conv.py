@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst.layers.base import Layer, block_product, chunk_of, register, signed_total
+from dst.layers.base import Layer, block_product, chunk_size, init_bias, signed_total
 from dst.layers.convolution import convolve
 from dst.layers.obstacle import changed
 
@@ -27,7 +27,6 @@ def pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-@register
 @dataclasses.dataclass(frozen=True)
 class Conv(Layer):
     """A kernel (kx, ky, n_in, n_out) on maps (..., H, W, n_in).
@@ -55,7 +54,7 @@ class Conv(Layer):
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
-        if why := changed(module, nn.Conv):
+        if why := changed(module, cls.module_type):
             return why
         size = module.kernel_size
         if isinstance(size, int) or len(size) != 2:
@@ -71,6 +70,9 @@ class Conv(Layer):
         if module.conv_general_dilated is not None or module.conv_general_dilated_cls is not None:
             return "a custom conv_general_dilated"
         return None
+
+    def init(self, module: Any, call: Any) -> None:
+        init_bias(module, self.n_out)
 
     @property
     def places(self) -> tuple[int, int]:
@@ -120,7 +122,7 @@ class Conv(Layer):
         h = jnp.pad(h, ((0, 0), *self.pads(h.shape[1:3]), (0, 0)))
         return h.transpose(3, 0, 1, 2), delta.reshape(-1, *delta.shape[-3:]).transpose(3, 0, 1, 2)
 
-    def unseen(self) -> tuple[Array, Array]:
+    def never_called(self) -> tuple[Array, Array]:
         return jnp.zeros((self.n_in, 1, *self._extent())), jnp.zeros((self.n_out, 1, 1, 1))
 
     def window(self, h: Array, delta: Array, corner: Sequence[Any], channels: int) -> Array:
@@ -144,7 +146,7 @@ class Conv(Layer):
             *corner, o = position
             return jnp.sum(self.window(h, delta, corner, 1)[0] * delta[o], dtype=dtype)
 
-        chunk = chunk_of(math.prod(delta.shape[1:]), column.size)
+        chunk = chunk_size(math.prod(delta.shape[1:]), column.size)
         return lax.map(one, (kx, ky, i, output), batch_size=chunk)
 
     def gradient_block(self, h, delta, corner, size):
@@ -163,7 +165,7 @@ class Conv(Layer):
         return lax.map(read_at, places).ravel(), signed_total(delta, sign)
 
 
-def faster(next_fun, args, kwargs, context):
+def fast_convolution(next_fun, args, kwargs, context):
     """Interceptor for `nn.intercept_methods`: `convolve` in the place of XLA's on a CPU."""
     module = context.module
     plain = isinstance(module, nn.Conv) and context.method_name == "__call__"

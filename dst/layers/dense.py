@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dst.layers.base import Layer, block_product, chunk_of, register, signed_total
+from dst.layers.base import Layer, block_product, chunk_size, init_bias, signed_total
 from dst.layers.obstacle import changed
 
 Array = jax.Array
 
 
-@register
 @dataclasses.dataclass(frozen=True)
 class Dense(Layer):
     """A kernel (n_in, n_out). By unit h is (n_in, B), delta (n_out, B), B rows of all axes."""
@@ -31,10 +30,13 @@ class Dense(Layer):
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
-        if why := changed(module, nn.Dense):
+        if why := changed(module, cls.module_type):
             return why
         custom = module.dot_general is not None or module.dot_general_cls is not None
         return "a custom dot_general" if custom else None
+
+    def init(self, module: Any, call: Any) -> None:
+        init_bias(module, self.n_out)
 
     def apply(self, h: Array, kernel: Array) -> Array:
         over = (((h.ndim - 1,), (0,)), ((), ()))
@@ -43,7 +45,7 @@ class Dense(Layer):
     def by_unit(self, h: Array, delta: Array) -> tuple[Array, Array]:
         return h.reshape(-1, h.shape[-1]).T, delta.reshape(-1, delta.shape[-1]).T
 
-    def unseen(self) -> tuple[Array, Array]:
+    def never_called(self) -> tuple[Array, Array]:
         return jnp.zeros((self.n_in, 1)), jnp.zeros((self.n_out, 1))
 
     def gradient_at(self, h: Array, delta: Array, column: Array, output: Array) -> Array:
@@ -53,7 +55,7 @@ class Dense(Layer):
         def one(position):
             return jnp.sum(h[position[0]] * delta[position[1]], dtype=dtype)
 
-        return lax.map(one, (column, output), batch_size=chunk_of(h.shape[1], column.size))
+        return lax.map(one, (column, output), batch_size=chunk_size(h.shape[1], column.size))
 
     def gradient_block(self, h, delta, corner, size):
         *_, i, o = corner

@@ -20,8 +20,8 @@ from jax import lax
 from dst.connections.base import Connections
 from dst.connections.execution import arena_parts, linear, part_call, variables_of
 from dst.errors import ConfigError
-from dst.layers.base import Layer, kind_of
-from dst.network import Network, input_of
+from dst.layers import BUILT_IN, Layer, kind_of
+from dst.network import Network, input_of, layer_path
 from dst.observe import marginals, observe_and_sum
 from dst.state import SparseState
 from dst.update import AXIS, Loss, run_loss, stream
@@ -208,6 +208,7 @@ def _linear(params: Any) -> Any:
 def _twin(connections: Connections) -> Callable:
     """Interceptor: layers and BatchNorm as in the linear twin, in float64."""
     sparse = arena_parts(connections)
+    masks: Any = () if sparse else connections  # layer paths
 
     def interceptor(next_fun, args, kwargs, context):
         module = context.module
@@ -217,8 +218,10 @@ def _twin(connections: Connections) -> Callable:
             if call := part_call(sparse, args, kwargs, context):
                 part, h = call
                 return linear(part, module, h, frozen=True)[0] + TRACE
-            if (kind := kind_of(module)) and kind.obstacle(module) is None:
-                h, kernel = input_of(args, kwargs), module.get_variable("params", "kernel")
+            kind = kind_of(module)
+            chosen = kind in BUILT_IN or layer_path(module) in masks
+            if kind and chosen and kind.obstacle(module) is None:
+                h, kernel = input_of(module, args, kwargs), module.get_variable("params", "kernel")
                 return kind.describe("", module, h).apply(h, kernel) + TRACE
         return next_fun(*args, **kwargs)
 

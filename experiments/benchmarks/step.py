@@ -30,7 +30,7 @@ import optax
 import dst
 from dst import models
 from dst.config import default
-from dst.layers.conv import faster
+from dst.layers.conv import fast_convolution
 from dst.training import log, steps
 from dst.update import parallel, replicate, update_body
 
@@ -81,7 +81,7 @@ def variants(kind: str, sparsity: float) -> dict:
         one,
     )
     xla = jax.jit(plain_step(model, tx, lambda call, args, kwargs, _: call(*args, **kwargs)))
-    fast = jax.jit(plain_step(model, tx, faster))
+    fast = jax.jit(plain_step(model, tx, fast_convolution))
     variables = {"params": state.params, **state.batch_stats}
     return {
         "plain": lambda: xla(variables, state.opt_state, x, y),

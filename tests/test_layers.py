@@ -1,0 +1,418 @@
+"""Kinds of layers: the protocol's defaults, and a kind that is added from outside the package."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+import textwrap
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dst
+from dst import layers as kinds
+from dst.connections.arena import Part
+from dst.connections.execution import described, forward, init_rest
+from dst.layers import KINDS, Conv, Dense, Layer, kind_of, register
+from dst.methods.sample import alike
+from dst.observe import gradient_on, observe
+from tests import tiny
+from tests.executions import ONE, close, structure
+from tests.executions import dense as kernels_of
+
+SHAPE = (4, 6, 3)  # sequences
+X = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+
+
+@pytest.fixture
+def registry():
+    """KINDS, as it was before when the test is over."""
+    before = list(KINDS)
+    yield KINDS
+    KINDS[:] = before
+
+
+@pytest.fixture
+def page(registry, monkeypatch):
+    """What the code on the page of `dst.layers` defines."""
+    lines = [a for a in kinds.__doc__.splitlines() if not a or a.startswith("    ")]
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    code = textwrap.dedent("\n".join(lines))
+    exec(compile(code, kinds.__file__, "exec", dont_inherit=True), vars(module))
+    return vars(module)
+
+
+class Sequences(nn.Module):
+    """The page's convolution, once under remat and once called twice, and a matrix behind it."""
+
+    layer: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.remat(self.layer)(5, 2, name="first")(x))
+        shared = self.layer(5, name="shared")
+        return nn.Dense(5)(shared(h=nn.relu(shared(x))).mean(1))
+
+
+class Biased(nn.Module):
+    """A matrix, which nothing is told about, and a random bias that is made before it."""
+
+    features: int
+    width: int = 1
+
+    @nn.compact
+    def __call__(self, h):
+        bias = self.param("bias", nn.initializers.normal(1), (self.features,))
+        shape = (self.width, h.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.normal(1), shape)
+        return h @ kernel.sum(0) + bias.reshape(1, 1, -1)
+
+
+class BiasedLayer(Layer):
+    module_type = Biased
+
+    @classmethod
+    def describe(cls, path, module, h):
+        return cls(path, (module.width, h.shape[-1], module.features))
+
+    def apply(self, h, kernel):
+        return h @ kernel.sum(0)
+
+
+def batch_of(seed):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=SHAPE).astype(np.float32), rng.integers(5, size=4).astype(np.int32)
+
+
+def started(layer, execution, name="gse", **options):
+    method = dst.method(name, 0.5, every=2, end=12, **options)
+    net = dst.network(Sequences(layer), X, execution=execution)
+    return net, method, dst.init_state(net, tiny.SGD, method, jax.random.key(0))
+
+
+def run(layer, execution, steps, name, **options):
+    """Some steps, a rewire and a step: the connections before and after, weights, the report."""
+    net, method, state = started(layer, execution, name, **options)
+    update = dst.make_update(net, tiny.SGD, tiny.loss, devices=ONE)
+    rewire = dst.make_rewire(net, tiny.SGD, method, tiny.loss, devices=ONE)
+    before = structure(state)
+    for seed in range(steps):
+        state, _ = update(state, batch_of(seed))
+    state, report = rewire(state, batch_of(2))
+    if steps:
+        state, _ = update(state, batch_of(3))
+    return before, structure(state), kernels_of(state), jax.device_get(report)
+
+
+OPTIONS = [
+    (2, "gse", {}),
+    (1, "rigl", {"growth_memory": "streamed"}),
+    (0, "gse", {"heuristic": "graest"}),
+    (0, "gse", {"heuristic": "synflow"}),
+]
+
+
+@pytest.mark.parametrize(("steps", "name", "options"), OPTIONS, ids=str)
+def test_a_kind_of_ones_own_trains_and_both_executions_choose_the_same(page, steps, name, options):
+    layer = page["Conv1d"]
+    before, after, weights, report = run(layer, "masked", steps, name, **options)
+    _, other, also, again = run(layer, "sparse", steps, name, **options)
+    assert int(report["grown"]) > 10 and report == again
+    assert all((before[path] != after[path]).any() for path in ("first", "shared"))
+    for path, mask in after.items():
+        np.testing.assert_array_equal(mask, other[path])
+    close(weights, also)
+
+
+@pytest.mark.parametrize("execution", ["masked", "sparse"])
+@pytest.mark.parametrize("name", ["Conv1d", "Biased"])
+def test_its_gradient_on_S_is_that_of_autodiff(page, name, execution):
+    """Two calls are summed; from what `observe` holds it is the same, and 0 of no call."""
+    register(BiasedLayer)
+    net, _, state = started({**page, "Biased": Biased}[name], execution)
+    x, mix = batch_of(1)[0], np.random.default_rng(2).normal(size=(4, 5)).astype(np.float32)
+    dense = {**state.params, **{p: dict(state.params.get(p, {})) for p in net.layers}}
+    for path, kernel in kernels_of(state).items():
+        dense[path]["kernel"] = kernel
+    dense.pop("arena", None)
+    G = jax.grad(lambda p: (net.model.apply({"params": p}, x) * mix).sum())(dense)
+
+    @jax.jit
+    def look(state):
+        run = lambda extra: forward(net, state.params, state.masks, extra, x)  # noqa: E731
+        loss = lambda extra: (run(extra) * mix).sum()  # noqa: E731
+        S = {path: jnp.arange(layer.size)[::2] for path, layer in net.layers.items()}
+        return gradient_on(net.layers, loss, S), observe(net.layers, loss)
+
+    found, seen = look(state)
+    for path, layer in net.layers.items():
+        expected = np.ravel(G[path]["kernel"])[::2]
+        assert np.abs(expected).max() > 0.1
+        pairs = jnp.divmod(jnp.arange(layer.size)[::2], layer.n_out)
+        close(found[path], expected)
+        close(layer.gradient_at(*seen[path], *pairs), expected)
+        np.testing.assert_array_equal(layer.gradient_at(*layer.never_called(), *pairs), 0)
+
+
+def test_its_bias_is_drawn_as_in_masked_execution_and_its_kernel_left_out(registry):
+    register(BiasedLayer)
+    (net, _, masked), (_, _, sparse) = (started(Biased, e) for e in ("masked", "sparse"))
+    for path in ("first", "shared"):
+        assert type(net.layers[path]) is BiasedLayer and set(sparse.params[path]) == {"bias"}
+        ours, theirs = (np.asarray(s.params[path]["bias"]) for s in (sparse, masked))
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.any()
+    assert "kernel" not in str(jax.tree_util.tree_structure(jax.eval_shape(
+        lambda key: init_rest(net, key)["params"], jax.random.key(0)
+    )))  # fmt: skip
+
+
+def test_the_log_says_that_it_is_expanded(page):
+    net, _, state = started(page["Conv1d"], "sparse")
+    said = described(net, state.params, state.masks, state.batch_stats)
+    assert said.endswith("2 of 2 Conv1dLayer layers are expanded")
+
+
+# ------------------------------------------------------------------------------- the defaults
+class Plain(Layer):
+    """The product of a matrix, and all defaults."""
+
+    apply = Dense.apply
+
+
+class PlainConv(Conv):
+    """A convolution by the defaults: all but `apply` and what describes it."""
+
+    by_unit, gradient_at, gradient_block = Layer.by_unit, Layer.gradient_at, Layer.gradient_block
+    signed_sums, never_called = Layer.signed_sums, Layer.never_called
+
+
+CASES = {
+    "dense": (Dense, Plain, (5, 3), {}, (4, 5)),
+    "sequence": (Dense, Plain, (5, 3), {}, (2, 4, 5)),
+    "conv": (Conv, PlainConv, (3, 2, 2, 3), {"strides": (2, 1), "dilation": (1, 2)}, (2, 5, 6, 2)),
+    "padded": (Conv, PlainConv, (2, 2, 2, 3), {"padding": ((2, 0), (0, 1))}, (1, 3, 4, 2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_defaults_are_what_the_built_in_kinds_compute(case):
+    """On small integers, whose sums are exact."""
+    kind, default, shape, fields, size = CASES[case]
+    own, general = kind("a", shape, **fields), default("a", shape, **fields)
+    rng = np.random.default_rng(0)
+    draw = lambda shape: jnp.asarray(rng.integers(-2, 3, shape), jnp.float32)  # noqa: E731
+    h = draw(size)
+    y = own.apply(h, draw(shape))
+    assert y.shape == own.output(h, jnp.float32).shape == general.output(h, jnp.float32).shape
+    np.testing.assert_array_equal(own.apply_fast(h, jnp.ones(shape)), own.apply(h, jnp.ones(shape)))
+    delta = draw(y.shape)
+    column, output = jnp.divmod(jnp.arange(own.size), own.n_out)
+    units, by_default = own.by_unit(h, delta), general.by_unit(h, delta)
+    assert (own.columns, own.places) == (own.size // own.n_out, (*shape[:-2], 1, 1)[:2])
+    G = own.gradient_at(*units, column, output)
+    np.testing.assert_array_equal(general.gradient_at(*by_default, column, output), G)
+    for corner in itertools.product(*map(range, own.places), (0, 1), (0, 1)):
+        at, block = jnp.asarray(corner, jnp.int32), (1, 2)
+        np.testing.assert_array_equal(
+            general.gradient_block(*by_default, at, block), own.gradient_block(*units, at, block)
+        )
+    if case != "sequence":  # whose rows are one axis by unit, and two by default
+        sign = draw(units[1].shape[1:])
+        for a, b in zip(
+            own.signed_sums(*units, sign), general.signed_sums(*by_default, sign), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_sketch_by_the_defaults_is_unbiased(page):
+    """The mean of f g over all signs is the gradient, exactly."""
+    layer = page["Conv1dLayer"]("a", (2, 3, 2))
+    rng = np.random.default_rng(0)
+    h, delta = (2 * rng.integers(-2, 3, (n, 2, 4)).astype(np.float32) for n in (3, 2))
+    signs = jnp.float32([*itertools.product((-1, 1), repeat=8)]).reshape(-1, 2, 4)
+    f, g = jax.vmap(lambda r: layer.signed_sums(h, delta, r))(signs)
+    G = layer.kernel_gradient(h, delta)
+    assert jnp.abs(G).max() > 1
+    mean = np.einsum("sc,so->co", f, g) / len(signs)
+    np.testing.assert_array_equal(mean.reshape(G.shape), G)
+
+
+def test_layers_of_two_kinds_are_never_equal_and_can_be_keys():
+    same, other = Dense("a", (2, 3)), Plain("a", (2, 3))
+    assert same == Dense("a", (2, 3)) and hash(same) == hash(Dense("a", (2, 3)))
+    assert same != other and len({same, other, Conv("a", (2, 3))}) == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        same.path = "b"
+
+
+def test_layers_of_one_shape_that_are_read_unlike_share_no_sampler():
+    parts = [Part(kind("a", (4, 4)), 4, 4 * l) for l, kind in enumerate((Dense, Plain, Dense))]
+    assert alike(parts) == [[0, 2], [1]]
+
+
+# ------------------------------------------------------------------------------------- refusals
+def kind_for(module, **own):
+    """A kind for this module, with the page's product but for what is given."""
+    given = {
+        "module_type": module,
+        "describe": classmethod(lambda cls, path, module, h: cls(path, (h.shape[-1], 5))),
+        "apply": lambda self, h, kernel: h @ kernel,
+    }
+    return type("Own", (Layer,), given | own)
+
+
+def test_what_is_no_kind_is_refused_when_it_is_registered(page):
+    Conv1d = page["Conv1d"]
+    refused = {
+        "is no kind of layers": Conv1d,
+        "Own.module_type is None": kind_for(None),
+        "Own.module_type is 'nn.Dense'": kind_for("nn.Dense"),
+        "Own has no describe of its own": kind_for(nn.Module, describe=vars(Layer)["describe"]),
+        "Layer has no describe and no apply": type("ALayer", (Layer,), {"module_type": nn.Module}),
+        "Own is for Conv1d, which Conv1dLayer is registered for": kind_for(Conv1d),
+        "Dense is for nn.Dense, which Dense is registered for": Dense,
+    }
+    before = list(KINDS)
+    for sentence, kind in refused.items():
+        with pytest.raises(dst.ConfigError, match=sentence) as caught:
+            register(kind)
+        assert "\n" not in str(caught.value)
+    assert before == KINDS
+
+
+class Module(nn.Module):
+    """h W, perhaps more."""
+
+    more: str = ""
+
+    @nn.compact
+    def __call__(self, h):
+        dtype = jnp.bfloat16 if self.more == "bfloat16" else jnp.float32
+        kernel = self.param("kernel", nn.initializers.normal(1, dtype), (h.shape[-1], 5))
+        match self.more.split(",")[0]:
+            case "scale":
+                return h @ kernel * self.param("scale", nn.initializers.ones, ())
+            case "noise":
+                return nn.Dropout(0.5, deterministic=False)(h) @ kernel
+            case "twice":
+                return 2 * h @ kernel
+            case "standardised":
+                return h @ (kernel / kernel.std())
+        return h @ kernel
+
+
+def total(self, x, dtype):
+    return jnp.abs(x).sum(0)
+
+
+def describing(path, shape):
+    return {"describe": classmethod(lambda cls, *_: cls(path, shape))}
+
+
+DOUBLE = {"apply": lambda self, h, kernel: 2 * (h @ kernel)}
+MISFITS = {
+    "shape": (describing("a", (5, 3)), r"describes \(5, 3\)"),
+    "path": (describing("b", (3, 5)), "of this path"),
+    "error": ({"describe": classmethod(lambda cls, *_: 1 / 0)}, "Own.describe fails with Zero"),
+    "own error": ({"apply": lambda self, h, kernel: h @ kernel.T}, "Own fails with"),
+    "bfloat16": ({}, "its kernel is bfloat16, allowed is float32"),
+    "integers": ({}, "its input is int32; allowed are floats"),
+    "list": (describing("a", [3, 5]), r"cannot be hashed .TypeError: unhashable type: 'list'"),
+    "scale": ({}, "'a' cannot be sparse: it has params/scale beside kernel and bias"),
+    "noise": ({}, "does not run alone .Invalid.*dropout"),
+    "twice": ({}, "Own.apply is another product than the module's"),
+    "twice, a matrix": (DOUBLE | {"matrix": True}, "Own.matrix is another product"),
+    "standardised": (
+        {"apply": lambda self, h, kernel: h @ (kernel / kernel.std())},
+        "Own.apply is not linear in the kernel",
+    ),
+    "output": ({"apply": lambda self, h, kernel: (h @ kernel)[..., :1]}, "Own.apply gives"),
+    "sums": ({"sums": total}, "Own.sums gives .* not one for each of 3 units"),
+    "gradient": (
+        {"gradient_at": lambda self, h, delta, column, output: jnp.zeros(column.size)},
+        "Own.gradient_at is not the gradient",
+    ),
+}
+
+
+def model_of(call):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(call(x))
+
+    return Model()
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_kind_that_does_not_fit_is_refused_in_one_sentence(registry, case):
+    own, sentence = MISFITS[case]
+    register(kind_for(Module, **own))
+    dtype = jnp.int32 if case == "integers" else jnp.float32
+    model = model_of(lambda x: Module(case, name="a")(x.astype(dtype)))
+    with pytest.raises(dst.ConfigError, match=sentence) as caught:
+        dst.network(model, X)
+    assert "\n" not in str(caught.value) and "leave it dense" in str(caught.value)
+    assert set(dst.network(model, X, sparse=lambda path: path != "a").layers) == {"Dense_0"}
+
+
+def test_a_kind_is_held_to_all_that_it_inherits(registry):
+    class Doubled(nn.Conv):
+        @nn.compact
+        def __call__(self, inputs):
+            return 2 * super().__call__(inputs)
+
+    own = {"module_type": Doubled, "apply": lambda self, h, W: 2 * Conv.apply(self, h, W)}
+    model = model_of(lambda x: Doubled(2, (2, 2), use_bias=False, name="a")(x))
+    image = jax.ShapeDtypeStruct((1, 4, 4, 2), jnp.float32)
+    register(type("Own", (Conv,), own))
+    with pytest.raises(dst.ConfigError, match=r"Own\.convolves is another product"):
+        dst.network(model, image)
+    KINDS.pop()
+    own |= {"convolves": False, "apply_fast": Layer.apply_fast}
+    register(type("Own", (Conv,), own))
+    with pytest.raises(dst.ConfigError, match=r"Own\.gradient_at is not the gradient"):
+        dst.network(model, image)
+    KINDS.pop()
+    own |= {name: vars(Layer)[name] for name in ("by_unit", "gradient_at", "never_called")}
+    register(type("Own", (Conv,), own))
+    with pytest.raises(dst.ConfigError, match=r"Own\.gradient_block is not the gradient"):
+        dst.network(model, image)
+    KINDS.pop()
+    own |= {name: vars(Layer)[name] for name in ("gradient_block", "signed_sums")}
+    kind = register(type("Own", (Conv,), own))
+    assert type(dst.network(model, image).layers["a"]) is kind
+
+
+def test_a_layer_that_is_called_with_more_than_h_is_refused(registry):
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, h, by=1):
+            return by * (h @ self.param("kernel", nn.initializers.normal(1), (3, 5)))
+
+    register(kind_for(Scaled))
+    with pytest.raises(dst.ConfigError, match=r"'a'.*called with 2 arguments, not with h alone"):
+        dst.network(model_of(lambda x: Scaled(name="a")(x, by=2)), X)
+
+
+def test_the_closest_kind_counts_and_messages_name_what_is_registered(page, caplog):
+    assert kind_of(nn.Dense(3)) is Dense and kind_of(page["Conv1d"](3)) is page["Conv1dLayer"]
+    assert kind_of(nn.BatchNorm()) is None
+    net = dst.network(model_of(lambda x: nn.DenseGeneral(3, name="other")(x)), X)
+    assert net.dense["other/kernel"] == "not the kernel of nn.Dense, nn.Conv or Conv1d"
+    with pytest.raises(dst.ConfigError, match=r"has no nn\.Dense, nn\.Conv or Conv1d layer"):
+        dst.network(nn.Sequential([nn.LayerNorm()]), X)
+
+
+def test_an_optimizer_works_on_it_in_sparse_execution(page):
+    net = dst.network(Sequences(page["Conv1d"]), X, execution="sparse")
+    state = dst.init_state(net, optax.adam(1e-3), dst.method("set", 0.5), jax.random.key(0))
+    assert state.params["arena"]["kernel"].shape == state.masks.column.shape
