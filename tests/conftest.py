@@ -1,13 +1,16 @@
 """Four virtual CPU devices and strict broadcasting, set before JAX starts its backend.
 
-The tests compile hundreds of programs and run each for milliseconds: LLVM does not optimize them,
-and what one test, worker or process that a test starts has compiled, the others find.
+The tests compile thousands of programs and run each for milliseconds: XLA and LLVM take the short
+way, Python looks for garbage rarely while it traces, and what one test, worker or process that a
+test starts has compiled, the others find.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     programs = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dst-programs-")
@@ -15,8 +18,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):  # newer ones do not know it, and would end the process
+    # Half of the time of a compilation: an MLIR context for each fusion.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+gc.set_threshold(50_000, 20, 100)
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -28,6 +36,35 @@ def _forget_programs():
     """A process that keeps the programs of all modules runs out of memory maps, and XLA crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """Whole runs of equal configs, one after the other in a module, share their compiled steps.
+
+    Each would trace and lower them again, which takes longer than the steps themselves.
+    """
+    from dst.config import OPERATIONAL
+    from dst.training import steps, train
+
+    def once(make, free):
+        made = {}
+
+        def remembered(config, dataset, net, *rest):
+            fields = {f: v for f, v in config.items() if f not in free}
+            sizes = [len(part) for part in rest if isinstance(part, list | np.ndarray)]
+            looped = steps.looped(jax.devices())
+            key = repr((sorted(fields.items()), sizes, looped))
+            if key not in made:
+                made[key] = make(config, dataset, net, *rest)
+            return made[key]
+
+        return remembered
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_steps", once(train.make_steps, OPERATIONAL))
+        patch.setattr(train, "make_evaluate", once(train.make_evaluate, ("checkpoint_every",)))
+        yield
 
 
 @pytest.fixture(params=["pure", "compiled"])

@@ -21,6 +21,7 @@ from dst.training import checkpoint, loop, train
 from dst.training.log import read
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def small(**overrides):
@@ -93,46 +94,57 @@ def test_a_finished_run_is_not_run_again(run, uninterrupted, capsys):
     assert "step 44" in capsys.readouterr().err
 
 
-KILL = """
-import os, signal, sys, threading
-sys.path.insert(0, {root!r})
-from dst.training import steps
-from dst.training import train
-from dst.training import loop
-from dst.training import checkpoint
-from tests.test_train import small
-config = small(execution={execution!r})
-def die(*_): os.kill(os.getpid(), signal.SIGKILL)
-{how}
-train.train(config, {workdir!r})
-"""
+class Killed(Exception):
+    """Stands for SIGKILL: nothing after it runs, nothing is saved."""
 
-HOW = {
-    # In the rewire of step 20, before it is logged; the last checkpoint is that of step 14.
-    "rewire": "go = loop.rewire\n"
-    "loop.rewire = lambda run, state, step: die() if step == 20 else go(run, state, step)",
-    # While Orbax writes the checkpoint of step 21.
-    "save": "go = checkpoint.save\n"
-    "def save(manager, state, record):\n"
-    "    if int(state.step) == 21: threading.Timer(0.02, die).start()\n"
-    "    go(manager, state, record)\n"
-    "checkpoint.save = save",
-    # Between two steps, after the log of epoch 2 was written and before its checkpoint.
-    "epoch": "go = loop.end_epoch\n"
-    "loop.end_epoch = lambda run, state, step, clock: "
-    "(go(run, state, step, clock), die()) if step == 22 else go(run, state, step, clock)",
-}
+
+def killed_in(name, at, config, workdir, after=False):
+    """A run that is killed in the loop's function of this name at a step, or right after it."""
+    go = getattr(loop, name)
+
+    def dying(run, state, step, *rest):
+        if step != at:
+            return go(run, state, step, *rest)
+        if after:
+            go(run, state, step, *rest)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(loop, name, dying)
+        train.train(config, workdir)
 
 
 def test_killed_runs_end_bitwise_the_same(run, uninterrupted, tmp_path):
-    """SIGKILL in a rewire, in a save, at an epoch's end, and then on to the end."""
-    for how in HOW.values():
-        values = dict(root=str(ROOT), how=how, workdir=str(tmp_path), **run.keywords)
-        script = KILL.format(**values)
-        env = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}  # the machine that the others have
-        command = [sys.executable, "-c", script]
-        done = subprocess.run(command, capture_output=True, cwd=ROOT, env=env)
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    """In a rewire before it is logged, at an epoch's end after its log and before its checkpoint."""
+    killed_in("rewire", 20, run(), tmp_path)
+    assert checkpoint.open_manager(tmp_path, 2).latest_step() == 14
+    killed_in("end_epoch", 22, run(), tmp_path, after=True)
+    assert checkpoint.open_manager(tmp_path, 2).latest_step() == 21
+    train.train(run(), tmp_path)
+    assert result(tmp_path, run()) == uninterrupted[1]
+
+
+KILL = """
+import os, signal, sys, threading
+sys.path.insert(0, {root!r})
+from dst.training import checkpoint, train
+from tests.test_train import small
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+go = checkpoint.save
+def save(manager, state, record):
+    if int(state.step) == 21: threading.Timer(0.02, die).start()
+    go(manager, state, record)
+checkpoint.save = save
+train.train(small(execution={execution!r}), {workdir!r})
+"""
+
+
+def test_sigkill_in_a_save_changes_no_bit(run, uninterrupted, tmp_path):
+    """The process is gone while Orbax writes the checkpoint of step 21; another one goes on."""
+    script = KILL.format(root=str(ROOT), workdir=str(tmp_path), **run.keywords)
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}  # the machine that the others have
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT, env=env)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     train.train(run(), tmp_path)
     assert result(tmp_path, run()) == uninterrupted[1]
 
