@@ -21,12 +21,12 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 if version("jaxlib").startswith("0.10."):  # newer ones do not know it, and would end the process
     # Half of the time of a compilation: an MLIR context for each fusion.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-gc.set_threshold(50_000, 20, 100)
 
 import jax
 import numpy as np
 import pytest
 
+gc.set_threshold(50_000, 20, 100)
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
