@@ -7,6 +7,7 @@ test starts has compiled, the others find.
 
 import atexit
 import gc
+import hashlib
 import os
 import shutil
 import tempfile
@@ -40,21 +41,29 @@ def _forget_programs():
 
 @pytest.fixture(scope="module")
 def compiled_once():
-    """Whole runs of equal configs, one after the other in a module, share their compiled steps.
+    """Whole runs in a module share the compiled steps of what is the same to the last byte.
 
-    Each would trace and lower them again, which takes longer than the steps themselves.
+    Each would trace and lower them again, which takes longer than the steps themselves. The key is
+    all that they are made of: the config without what they do not read, from which optimizer and
+    method follow, the network, the data, the devices, the way of looping and the kernels.
     """
     from dst.config import OPERATIONAL
+    from dst.connections.backends import cpp
     from dst.training import steps, train
+
+    def digest(part):
+        if isinstance(part, np.ndarray):
+            return part.shape, part.dtype.str, hashlib.sha256(part.tobytes()).hexdigest()
+        return repr(part)
 
     def once(make, free):
         made = {}
 
         def remembered(config, dataset, net, *rest):
-            fields = {f: v for f, v in config.items() if f not in free}
-            sizes = [len(part) for part in rest if isinstance(part, list | np.ndarray)]
-            looped = steps.looped(jax.devices())
-            key = repr((sorted(fields.items()), sizes, looped))
+            fields = sorted((f, v) for f, v in config.items() if f not in free)
+            own = [part for part in rest if isinstance(part, list | np.ndarray)]
+            where = steps.looped(jax.devices()), cpp.available()
+            key = (where, *map(digest, [fields, net, *dataset, *own]))
             if key not in made:
                 made[key] = make(config, dataset, net, *rest)
             return made[key]
