@@ -19,7 +19,7 @@ from dst.connections.arena import VALUES
 from dst.connections.execution import forward
 from dst.connections.moments import recognise
 from dst.errors import ConfigError
-from dst.methods.memory import follow, refuse_waiting
+from dst.methods.memory import after_step, refuse_waiting
 from dst.network import Network
 from dst.sown import entries
 from dst.state import SparseState
@@ -206,7 +206,7 @@ def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> C
         gradients, run = jax.grad(objective, has_aux=True)(state.params)
         gradients, run = jax.tree.map(average, (gradients, run))
         finite = all_finite((run.loss, gradients))
-        own = follow(state.method, A.kernels(gradients))
+        own = after_step(state.method, A.kernels(gradients))
         gradients = A.only_existing(gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = A.only_existing(optax.apply_updates(state.params, updates))

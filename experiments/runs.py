@@ -24,7 +24,7 @@ from dst.data import DATASETS
 from dst.data.pipeline import steps_per_epoch
 from dst.errors import ConfigError
 from dst.methods.lottery import levels
-from dst.methods.table import never_read, resolve
+from dst.methods.settings import never_read, resolve
 from dst.models import MODELS
 from dst.training.log import read
 

@@ -276,4 +276,4 @@ def refuse(net: Network, tx: optax.GradientTransformation, params: Any) -> None:
     refuse_unless_coordinate_wise(tx, params, net.layers)
 
 
-SPARSE = Execution(connect, refuse)
+SPARSE = Execution(connect, refuse, every=False, fuses=True)

@@ -20,8 +20,8 @@ from jax import lax
 from dst.connections.base import Part
 from dst.methods import arrivals
 from dst.methods.arrivals import LAST, Exists, Pairs
+from dst.methods.base import Method
 from dst.methods.plan import Plan
-from dst.methods.table import Method
 from dst.methods.units import cumulative_shares, draw_pairs
 from dst.network import Network
 

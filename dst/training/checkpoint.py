@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from dst import hosts
 from dst.config import OPERATIONAL
 from dst.errors import ConfigError
-from dst.methods.table import never_read
+from dst.methods.settings import never_read
 
 Leaves = dict[str, np.ndarray]  # path in the state -> host array; of a typed key its key data
 

@@ -14,10 +14,11 @@ import optax
 from ml_collections import ConfigDict
 
 from dst import hosts
+from dst.methods.base import Method
+from dst.methods.distributions import first_counts
 from dst.methods.plan import due, until_due
-from dst.methods.table import Method
 from dst.network import Network
-from dst.state import SparseState, active_counts, first_counts, fresh_progress, sparsity_of
+from dst.state import SparseState, active_counts, fresh_progress, sparsity_of
 from dst.training import cost, log
 from dst.training.signals import stop_signals
 from dst.training.steps import Resident, Steps

@@ -21,12 +21,14 @@ from dst.config import check_devices
 from dst.connections.execution import described
 from dst.data import Dataset, load, pipeline
 from dst.errors import ConfigError
-from dst.methods.before import prune_at_init
+from dst.methods.base import Method
+from dst.methods.distributions import first_counts
 from dst.methods.lottery import levels, ticket, winning
 from dst.methods.memory import begun
-from dst.methods.table import Method, method_of, told_unread
+from dst.methods.settings import method_of, told_unread
 from dst.network import Network, network
-from dst.state import SparseState, active_counts, first_counts, init_state
+from dst.start import init_state, prune_at_init
+from dst.state import SparseState, active_counts
 from dst.training import checkpoint, figures, log, steps
 from dst.training.evaluate import make_evaluate
 from dst.training.loop import Parts, Stopped, collapsed_layers, loop
