@@ -223,7 +223,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def check_devices(config: ConfigDict, available: int, processes: int = 1) -> int:
-    """How many of its `available` devices a process uses. Errors: too few; batch not divisible."""
+    """How many of its `available` devices a process uses. Raises: too few; batch not divisible."""
     count = config.devices or available
     if count > available:
         each = "all there are" if processes == 1 else f"all that each of {processes} processes has"

@@ -77,7 +77,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
             weights = SHARES[method.share].weights(A, A.exists & ~P, state.method)
             G = shared_out(A, S.found, grow, weights)
         else:
-            G = strongest(S.found, grow, most, salt)
+            G = best_candidates(S.found, grow, most, salt)
         A, moves = A.exchange(P, G, grow, salt)
         own = after_rewire(state.method, A, wanted, G_t)
         state = reconnect(tx, state.replace(method=own), A, moves)
@@ -86,7 +86,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
     return body
 
 
-def strongest(found: Candidates, k: Array, most: int, salt: Array) -> Candidates:
+def best_candidates(found: Candidates, k: Array, most: int, salt: Array) -> Candidates:
     """G, the k <= `most` best of S, the others emptied. Of equals those of the lower hashes."""
 
     def best() -> Array:

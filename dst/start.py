@@ -34,7 +34,7 @@ def init_state(
     Everything but the sparse kernels comes from the model's own initialisers, and the same key
     gives both executions the same network. A method that prunes before training begins with all
     connections, and the state says so: it does not train before `prune_at_init` or a Lottery
-    ticket. Errors: an optimizer whose state `dst` cannot keep sparse, a method that cannot run in
+    ticket. Raises: an optimizer whose state `dst` cannot keep sparse, a method that cannot run in
     the network's execution, a sparsity that leaves no connection.
     """
     check_value("execution", net.execution, one_of(EXECUTIONS))
@@ -87,7 +87,7 @@ def prune_at_init(
     `batches` are as for `make_update`, and can be iterated twice; a batch smaller than the first is
     cut to a multiple of the devices. Batch normalisation is in train mode, its new statistics are
     thrown away, and `nn.Dropout` is off. `show` is called after each batch, or round of SynFlow.
-    Errors: sparse execution, no batches, scores that are not finite, no flow for SynFlow, a
+    Raises: sparse execution, no batches, scores that are not finite, no flow for SynFlow, a
     sparsity that leaves no connection.
     """
     K = count_of(net, method.sparsity)

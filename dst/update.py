@@ -90,7 +90,7 @@ def placer(devices: list | None = None) -> Callable[[Any], Any]:
 
 
 def split_batch(batch: Any, devices: list | None = None) -> Any:
-    """Leaves (B, ...) -> this process's rows of (D, B / D, ...). Errors: D does not divide B."""
+    """Leaves (B, ...) -> this process's rows of (D, B / D, ...). Raises: D does not divide B."""
     devices = devices or hosts.devices()
     count, own = len(devices), hosts.own(devices)
 
@@ -154,7 +154,7 @@ def run_loss(
 def _statistics(net: Network, state: SparseState, new: Mapping[str, Any]) -> dict[str, Any]:
     """The state's collections as a call leaves them, without what it sowed.
 
-    Errors: a variable that the state does not have, whose shape would then change.
+    Raises: a variable that the state does not have, whose shape would then change.
     """
     kept = entries({name: c for name, c in new.items() if name in state.batch_stats})
     kept = {path: leaf for path, leaf in kept.items() if path not in net.sown}

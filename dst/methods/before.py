@@ -59,7 +59,7 @@ def strongest(
     """Masks of the k largest scores of active connections: global, by stable rank.
 
     Signed scores of the kernels' shapes; of equals the first in layer order is kept, and never one
-    that is inactive. Errors: a score that is not finite, told as `what`.
+    that is inactive. Raises: a score that is not finite, told as `what`.
     """
     for path, mask in masks.items():
         if not np.isfinite(np.asarray(score[path])[np.asarray(mask)]).all():
@@ -132,7 +132,7 @@ def mean_over(
     """A function that takes means over all examples of `batches()`: mean(f, *args).
 
     Each batch counts by its examples, so that batches may differ in size. `run(f)` is what is
-    called on a batch. Errors: no examples, or not as many as in the pass before.
+    called on a batch. Raises: no examples, or not as many as in the pass before.
     """
     passes: list[int] = []
 
@@ -238,7 +238,7 @@ def prune_by_flow(
 ) -> dict[str, np.ndarray]:
     """SynFlow's masks: round after round the flow is scored anew and the weakest removed.
 
-    In float64, on one device. Errors: a flow that is not finite or not positively homogeneous.
+    In float64, on one device. Raises: a flow that is not finite or not positively homogeneous.
     """
     subject, instead = "method is 'synflow'", "use 'snip' or 'grasp'"
     check_inputs(net, subject, instead)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dst.methods.base import Method
+from dst.methods.blockwise import streamed
 from dst.methods.candidates import (
     Source,
     by_chance,
@@ -20,7 +21,6 @@ from dst.methods.candidates import (
 from dst.methods.drop import DROPS
 from dst.methods.heuristics import HEURISTICS
 from dst.methods.plan import Plan
-from dst.methods.stream import streamed
 from dst.methods.subset import on_subset
 from dst.network import Network
 from dst.update import Loss

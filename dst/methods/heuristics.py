@@ -95,7 +95,7 @@ def synflow(net: Network) -> Callable[[SparseState], Marginals]:
     """Eq. 3: f the synaptic flow into a layer's inputs, g out of its outputs, in float64.
 
     Runs on the host side of the rewire: R of ResNet-56 is near 1e70, beyond float32, and x64 cannot
-    be switched on inside a float32 program. Errors: a network whose flow is not finite or not
+    be switched on inside a float32 program. Raises: a network whose flow is not finite or not
     positively homogeneous in its weights.
     """
     subject, instead = "heuristic is 'synflow'", "use 'grabo' or 'uniform'"

@@ -34,7 +34,7 @@ def levels(sparsity: float, among: Sequence[float] = LEVELS) -> tuple[float, ...
 def winning(net: Network, state: SparseState, sparsity: float) -> dict[str, np.ndarray]:
     """Masks of the largest |w| among the trained, K of them: global, by stable rank.
 
-    Errors: sparse execution, fewer connections than K or K = 0, weights that are not finite.
+    Raises: sparse execution, fewer connections than K or K = 0, weights that are not finite.
     """
     if not EXECUTIONS[net.execution].every:
         raise ConfigError(

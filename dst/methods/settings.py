@@ -74,7 +74,7 @@ def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
 
 
 def end_of(config: ConfigDict, steps_per_epoch: int) -> int:
-    """The step at which a resolved config's rewires end. Errors: none before it."""
+    """The step at which a resolved config's rewires end. Raises: none before it."""
     end = round(config.rewire_end_epoch * steps_per_epoch)
     if end < 1:
         raise ConfigError(
@@ -125,7 +125,7 @@ def told_unread(config: ConfigDict) -> str | None:
 
 
 def check_config(config: ConfigDict) -> None:
-    """What `config.validate` cannot see field by field. Errors: as `method` and `check_execution`,
+    """What `config.validate` cannot see field by field. Raises: as `method` and `check_execution`,
     a ramp that the run ends before, Lottery's levels that do not begin with every connection."""
     images = DATASETS[config.dataset].train_images - config.validation_size
     config, per_epoch = resolve(config), images // config.batch_size

@@ -25,7 +25,7 @@ from dst.methods.base import Method
 from dst.methods.candidates import Sample, Source, most_at, room
 from dst.methods.heuristics import HEURISTICS, look
 from dst.methods.plan import Plan, asked, plan
-from dst.methods.sample import Sampling, alike, fold_subset, hold_subset, sampling
+from dst.methods.sample import Sampling, fold_subset, group_by_shape, hold_subset, sampling
 from dst.network import Network
 from dst.observe import gradient_on
 from dst.state import SparseState
@@ -69,7 +69,7 @@ def on_subset(
         search = Search(score, state, how, seen, fg, wanted, jnp.minimum(P, found.row.size), salt)
         tally = Sample(found, wanted.sum(), jnp.int32(0), all_finite(fg))
         S: Held = {}
-        for group in alike(A.parts):
+        for group in group_by_shape(A.parts):
             if A.parts[group[0]].layer.path in later:
                 S |= hold(how, A, search.key, group, fg, wanted)
             else:
@@ -93,7 +93,7 @@ def drawing(net: Network, method: Method) -> Callable:
     def draw(key: Array, A: Connections, fg: Marginals, event: Array) -> Held:
         wanted = asked(method, jnp.asarray(planned.subset)[event], A.counts())
         S: Held = {}
-        for group in alike(A.parts):
+        for group in group_by_shape(A.parts):
             S |= hold(how, A, key, group, fg, wanted)
         return {path: S[path] for path in net.layers}
 

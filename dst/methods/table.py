@@ -183,7 +183,7 @@ def row_of(name: str, sparsity: float = 0.0) -> Method:
 def method(name: str, sparsity: float = 0.98, **options) -> Method:
     """A row of Table 1 by name; `options` are fields of `Method`.
 
-    `every` and `end` are a run's schedule, which any method takes. Errors: an unknown name, field
+    `every` and `end` are a run's schedule, which any method takes. Raises: an unknown name, field
     or heuristic, a value out of range, fields that do not go together or that it never reads.
     """
     check_value("method", name, one_of(METHODS))

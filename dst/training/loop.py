@@ -125,7 +125,7 @@ def until_event(run: Parts, step: int) -> int:
 
 
 def check(metrics: dict[str, Array] | None, step: int) -> dict[str, float]:
-    """The metrics of the update that led to `step` as numbers. Errors: FloatingPointError."""
+    """The metrics of the update that led to `step` as numbers. Raises: FloatingPointError."""
     if metrics is None:
         return {}
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -191,7 +191,7 @@ def finished(run: Parts, state: SparseState) -> bool:
 
 
 def rewire(run: Parts, state: SparseState, step: int) -> SparseState:
-    """One rewire, reported. Errors: FloatingPointError for a NaN score or weight."""
+    """One rewire, reported. Raises: FloatingPointError for a NaN score or weight."""
     begin = time.monotonic()
     state, report = run.steps.rewire(state, run.resident(step // run.per_epoch))
     report = jax.tree.map(lambda a: a.item(), jax.device_get(report))
