@@ -115,11 +115,7 @@ def killed_in(name, at, config, workdir, after=False):
 
 
 def test_killed_runs_end_bitwise_the_same(run, uninterrupted, tmp_path):
-<<<<<<< HEAD
-    """In a rewire before it is logged, and at an epoch's end between its log and its checkpoint."""
-=======
     """In a rewire before its log; at an epoch's end, after its log and before its checkpoint."""
->>>>>>> main
     killed_in("rewire", 20, run(), tmp_path)
     assert checkpoint.open_manager(tmp_path, 2).latest_step() == 14
     killed_in("end_epoch", 22, run(), tmp_path, after=True)
