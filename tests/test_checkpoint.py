@@ -309,7 +309,7 @@ with checkpoint.open_manager(sys.argv[1], 1) as manager:
 
 def test_sigkill_at_any_moment_leaves_the_newest_commit(tmp_path):
     rng, step = random.Random(0), 0
-    for _ in range(4):
+    for _ in range(3):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)],
             stdout=subprocess.PIPE,

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dst.connections.backends import cpp as kernels
-from tests import levels
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
 examples = settings(max_examples=30, deadline=None)
@@ -80,6 +79,7 @@ def check_products(seed, sizes, block, density, B):
         close(gradient[own], kept[own] + pairs, B)
 
 
+@pytest.mark.every_level
 @examples
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -95,6 +95,7 @@ def test_products_match_dense_float64_ones(seed, sizes, block, density, B, threa
         check_products(seed, sizes, block, density, B)
 
 
+@pytest.mark.every_level
 def test_products_of_a_layer_large_enough_for_all_threads():
     check_products(0, [(700, 600)], 256, 0.1, 128)
 
@@ -115,11 +116,6 @@ def test_nothing_is_returned_before_all_threads_are_done():
     for again in range(100):
         got = products((1, -2)[again % 2] * x)
         jax.tree.map(np.testing.assert_array_equal, got, expected[again % 2])
-
-
-@pytest.mark.parametrize("level", ["baseline", "v3"])
-def test_every_instruction_set_computes_the_products(level):
-    levels.again(level, __file__, "products_")
 
 
 @examples

@@ -139,6 +139,7 @@ train.train(small(execution={execution!r}), {workdir!r})
 """
 
 
+@pytest.mark.parametrize("run", ["masked"], indirect=True)
 def test_sigkill_in_a_save_changes_no_bit(run, uninterrupted, tmp_path):
     """The process is gone while Orbax writes the checkpoint of step 21; another one goes on."""
     script = KILL.format(root=str(ROOT), workdir=str(tmp_path), **run.keywords)
@@ -282,9 +283,6 @@ def test_the_test_set_is_asked_when_it_is_due_and_once_in_the_end(tmp_path, monk
         dict(method="random"),
         dict(method="set"),
         dict(method="rigl"),
-        dict(heuristic="uniform"),
-        dict(method="set", execution="sparse"),
-        dict(heuristic="uniform", execution="sparse"),
         dict(heuristic="synflow", precision="bfloat16"),
         dict(heuristic="synflow", precision="bfloat16", execution="sparse"),
     ],
