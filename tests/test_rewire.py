@@ -214,7 +214,7 @@ def test_set_grows_every_inactive_connection_alike():
     """SET's law: uniform over all inactive connections of the network, by chi-square."""
     parts = setup("set")
     step = dst.make_rewire(parts.net, parts.tx, parts.method, loss, devices=one())
-    count, rounds = 0, 300
+    count, rounds = 0, 100
     for seed in range(rounds):
         state = parts.state.replace(step=jnp.int32(2), key=jax.random.key(seed))
         new, report = step(state, parts.batch)
