@@ -3,12 +3,13 @@
 from dst.connections.carry import carry
 from dst.errors import ConfigError
 from dst.methods import lottery
-from dst.methods.before import prune_at_init
+from dst.methods.base import Method
 from dst.methods.plan import due
-from dst.methods.table import Method, method
+from dst.methods.table import method
 from dst.network import Network, network
 from dst.rewire import make_rewire
-from dst.state import SparseState, init_state, sparsity_of
+from dst.start import init_state, prune_at_init
+from dst.state import SparseState, sparsity_of
 from dst.training.export import export, load, predictor
 from dst.update import make_update
 

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from dst.connections.execution import EXECUTIONS
 from dst.data.table import DATASETS
 from dst.errors import (
     YES_OR_NO,
@@ -28,12 +29,11 @@ from dst.errors import (
     one_of,
     tuple_of,
 )
+from dst.methods.heuristics import HEURISTICS
+from dst.methods.table import METHODS, SPARSITY
+from dst.methods.table import RULES as OF_METHOD
 from dst.models.table import MODELS, check_images
 
-METHODS = (
-    *("dense", "lottery", "pruning", "snip", "grasp", "grasp_abs", "synflow"),
-    *("random", "set", "rigl", "gse", "gse_v2", "snfs", "dsr", "deepr", "granet", "itop"),
-)
 # They say where and how often, not what: nothing that is computed depends on them, but for the
 # order of sums over the devices. A run may be resumed with other ones.
 OPERATIONAL = (
@@ -59,7 +59,7 @@ def default() -> ConfigDict:
     config.precision = "float32"  # of the compute: 'float32' or 'bfloat16'; the state is float32
 
     # Sparsity. None: the method's own value, which resolve() fills in; the paper's is named.
-    config.method = "gse"  # a row of dst/methods/table.py: 'gse' is the paper's
+    config.method = "gse"  # a row of dst/methods/table.py: 'gse' is the paper's; or your own
     # 'masked': dense arrays, every method; 'sparse': memory of the connections that exist; dense,
     # random, set, gse, gse_v2 and a streamed rigl.
     config.execution = "masked"  # 'masked' or 'sparse'
@@ -107,7 +107,6 @@ OWN_VALUE = (
     *("initial_sparsity", "distribution", "heuristic", "drop_fraction", "rewire_every"),
     *("rewire_end_epoch", "subset_ratio", "sampling_rounds", "grasp_temperature"),
 )
-_SPARSITY = number(lambda v: 0 <= v < 1, "in [0, 1)")
 _RULES: dict[str, Rule] = {
     "dataset": one_of(DATASETS),
     "data_dir": (lambda v: isinstance(v, str), "the path of a folder, as a string"),
@@ -120,23 +119,23 @@ _RULES: dict[str, Rule] = {
         lambda i: is_int(i) and i >= 1, bool, "a tuple of one or more integers >= 1"
     ),
     "precision": choice("float32", "bfloat16"),
-    "method": choice(*METHODS),
-    "execution": choice("masked", "sparse"),
+    "method": one_of(METHODS),
+    "execution": one_of(EXECUTIONS),
     "fuse": YES_OR_NO,
-    "sparsity": _SPARSITY,
-    "initial_sparsity": _SPARSITY,
-    "distribution": choice("uniform", "er", "er_unfolded", "erk"),
-    "heuristic": choice("uniform", "grabo", "synflow", "graest"),
-    "init_gain": number(lambda v: v > 0, "> 0"),
-    "growth_memory": choice("dense", "streamed"),
-    "drop_fraction": number(lambda v: 0 <= v <= 1, "in [0, 1]"),
-    "layer_floor": number(lambda v: 0 <= v < 1, "in [0, 1)"),
-    "rewire_every": integer(1),
+    "sparsity": SPARSITY,
+    "initial_sparsity": OF_METHOD["initial"],
+    "distribution": OF_METHOD["distribution"],
+    "heuristic": one_of(HEURISTICS),
+    "init_gain": OF_METHOD["gain"],
+    "growth_memory": OF_METHOD["growth_memory"],
+    "drop_fraction": OF_METHOD["drop_fraction"],
+    "layer_floor": OF_METHOD["floor"],
+    "rewire_every": OF_METHOD["every"],
     "rewire_end_epoch": number(lambda v: v > 0, "> 0"),
-    "subset_ratio": number(lambda v: v >= 1, ">= 1"),
-    "sampling_rounds": integer(1),
-    "track_explored": YES_OR_NO,
-    "grasp_temperature": number(lambda v: v > 0, "> 0"),
+    "subset_ratio": OF_METHOD["subset_ratio"],
+    "sampling_rounds": OF_METHOD["rounds"],
+    "track_explored": OF_METHOD["explored"],
+    "grasp_temperature": OF_METHOD["temperature"],
     "score_batches": integer(0),
     "lottery_levels": tuple_of(
         lambda v: is_number(v) and 0 <= v < 1,
@@ -152,7 +151,7 @@ _RULES: dict[str, Rule] = {
         "a tuple of increasing numbers > 0",
     ),
     "lr_drop_factor": number(lambda v: 0 < v <= 1, "in (0, 1]"),
-    "momentum": number(lambda v: 0 <= v < 1, "in [0, 1)"),
+    "momentum": OF_METHOD["momentum"],
     "weight_decay": number(lambda v: v >= 0, ">= 0"),
     "l1": number(lambda v: v >= 0, ">= 0"),
     "patience": integer(0),
@@ -202,11 +201,6 @@ def check_field(field: str, value: Any) -> None:
         check_value(field, value, _RULES[field])
 
 
-def field_rule(field: str) -> Rule:
-    """What the field may be, None aside."""
-    return _RULES[field]
-
-
 def validate(config: ConfigDict) -> None:
     """Returns, or raises `ConfigError` with one sentence: field, value and what is allowed."""
     for field in config:
@@ -223,13 +217,13 @@ def validate(config: ConfigDict) -> None:
             f"less validation_size {config.validation_size}, not {config.batch_size}."
         )
     check_images(config.model, source.image[0], config.dataset)
-    from dst.methods.table import check_config  # which imports this module
+    from dst.methods.settings import check_config  # which imports this module
 
     check_config(config)
 
 
 def check_devices(config: ConfigDict, available: int, processes: int = 1) -> int:
-    """How many of its `available` devices a process uses. Errors: too few; batch not divisible."""
+    """How many of its `available` devices a process uses. Raises: too few; batch not divisible."""
     count = config.devices or available
     if count > available:
         each = "all there are" if processes == 1 else f"all that each of {processes} processes has"

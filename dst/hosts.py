@@ -59,7 +59,7 @@ def gather(value: Any) -> list:
 def in_step() -> Iterator[None]:
     """A block that asks nothing of other processes, after which all of them go on or none does.
 
-    Errors: the block's own, or `ConfigError` with that of another process.
+    Raises: the block's own, or `ConfigError` with that of another process.
     """
     error: Exception | None = None
     try:

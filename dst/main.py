@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, config_flags
 
 from dst.config import check_field, check_name, load, validate
 from dst.errors import ConfigError
-from dst.methods.table import resolve
+from dst.methods.settings import resolve
 from dst.training import launch, runtime
 
 

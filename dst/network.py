@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from dst.config import check_field
 from dst.errors import ConfigError, quoted
 from dst.layers import BUILT_IN, Layer, kind_of
 from dst.layers.base import modules
@@ -94,7 +93,6 @@ def network(
     Raises: ConfigError for a chosen layer that is not covered, for anything under nn.jit. A kernel
     of another kind stays dense, which is logged.
     """
-    check_field("execution", execution)
     shapes = jax.eval_shape(lambda *a: a, *args)
     found, variables = _discover(model, shapes, kwargs, sparse)
     params = traverse_util.flatten_dict(variables.get("params", {}), sep="/")

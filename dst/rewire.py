@@ -25,16 +25,15 @@ from dst.connections.hashing import hashed
 from dst.connections.masks import reset
 from dst.connections.moments import recognise
 from dst.errors import ConfigError
+from dst.methods.base import Method
+from dst.methods.candidates import Sample, room
 from dst.methods.combinations import check, check_execution
 from dst.methods.drop import DROPS, View
-from dst.methods.grow import Sample, Source, by_chance_alone, everything, nothing, room
+from dst.methods.grow import GROWTHS
 from dst.methods.heuristics import HEURISTICS
-from dst.methods.memory import after_rewire, refuse_waiting, told
-from dst.methods.plan import Plan, plan
+from dst.methods.memory import after_rewire, memory_report, refuse_waiting
+from dst.methods.plan import plan
 from dst.methods.share import SHARES, shared_out
-from dst.methods.stream import streamed
-from dst.methods.subset import on_subset
-from dst.methods.table import Method
 from dst.network import Network
 from dst.state import SparseState, active_counts
 from dst.update import TIE_STREAM, Loss, all_finite, parallel, placer, split_batch, stream
@@ -49,8 +48,9 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
     check(method)
     check_execution(method, net.execution)
     planned = plan(net, method)
-    may_drop, most = DROPS[method.drop](net, method), room(net, method, planned)
-    sample = source(net, method, planned, loss)
+    drop_rule, most = DROPS[method.drop], room(net, method, planned)
+    may_drop = drop_rule.rule(net, method)
+    sample = GROWTHS[method.score].source(net, method, planned, loss)
 
     def body(state: SparseState, batch: Any, fg: Any):
         refuse_waiting(state.method)
@@ -62,7 +62,9 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         S = sample(state, batch, fg, event, salt)
         finite = S.finite & all_finite(w)
         surplus = A.total - target
-        eligible, wanted = may_drop(View(A, w, salt, state.method), event, surplus + G_t)
+        view = View(A, w, salt, state.method)
+        eligible, wanted = may_drop(view, event, surplus + G_t)
+        strength = drop_rule.strength(view) if drop_rule.strength else jnp.abs(w)
         # With fewer candidates than |P| fewer are dropped, never more than can grow. If something
         # is not finite nothing moves; this also orders the check before the exchange, or XLA would
         # keep a copy of all weights for it.
@@ -70,12 +72,12 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         grow = jnp.minimum(left - surplus, S.found.valid.sum(dtype=jnp.int32))
         grow = jnp.where(finite, jnp.clip(grow, 0, most), 0)
         drop = jnp.where(finite, jnp.maximum(jnp.minimum(surplus + grow, left), 0), 0)
-        P = lowest(bits(jnp.abs(w)), eligible, drop, lambda: A.hashes(salt))
+        P = lowest(bits(strength), eligible, drop, lambda: A.hashes(salt))
         if method.share:
-            weights = SHARES[method.share](A, A.exists & ~P, state.method)
+            weights = SHARES[method.share].weights(A, A.exists & ~P, state.method)
             G = shared_out(A, S.found, grow, weights)
         else:
-            G = strongest(S.found, grow, most, salt)
+            G = best_candidates(S.found, grow, most, salt)
         A, moves = A.exchange(P, G, grow, salt)
         own = after_rewire(state.method, A, wanted, G_t)
         state = reconnect(tx, state.replace(method=own), A, moves)
@@ -84,20 +86,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
     return body
 
 
-def source(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
-    """Where the method's candidates come from."""
-    if not method.score:
-        return nothing(net, method, planned, loss)
-    if method.heuristic:
-        return on_subset(net, method, planned, loss)
-    if method.growth_memory == "streamed":
-        return streamed(net, method, planned, loss)
-    if method.score == "chance" and method.drop == "magnitude":
-        return by_chance_alone(net, method, planned, loss)
-    return everything(net, method, planned, loss)
-
-
-def strongest(found: Candidates, k: Array, most: int, salt: Array) -> Candidates:
+def best_candidates(found: Candidates, k: Array, most: int, salt: Array) -> Candidates:
     """G, the k <= `most` best of S, the others emptied. Of equals those of the lower hashes."""
 
     def best() -> Array:
@@ -133,7 +122,7 @@ def report(state: SparseState, drop: Array, grow: Array, S: Sample, finite: Arra
         "subset_realised": S.realised,
         "active": active_counts(state.masks),
         "dead_units": state.masks.dead_units(),
-        **told(state.method),
+        **memory_report(state.method),
         "finite": finite,
     }
 
@@ -165,5 +154,5 @@ def make_rewire(
 
 def on_host(net: Network, method: Method) -> Callable[[SparseState], Any]:
     """The heuristic's part that runs before the jitted step (SynFlow, in float64), else nothing."""
-    heuristic = HEURISTICS.get(method.heuristic)
-    return heuristic.on_host(net) if heuristic and heuristic.on_host else lambda state: {}
+    find = HEURISTICS[method.heuristic].on_host if method.heuristic else None
+    return find(net) if find else lambda state: {}

@@ -19,7 +19,7 @@ from dst.connections.arena import VALUES
 from dst.connections.execution import forward
 from dst.connections.moments import recognise
 from dst.errors import ConfigError
-from dst.methods.memory import follow, refuse_waiting
+from dst.methods.memory import after_step, refuse_waiting
 from dst.network import Network
 from dst.sown import entries
 from dst.state import SparseState
@@ -90,7 +90,7 @@ def placer(devices: list | None = None) -> Callable[[Any], Any]:
 
 
 def split_batch(batch: Any, devices: list | None = None) -> Any:
-    """Leaves (B, ...) -> this process's rows of (D, B / D, ...). Errors: D does not divide B."""
+    """Leaves (B, ...) -> this process's rows of (D, B / D, ...). Raises: D does not divide B."""
     devices = devices or hosts.devices()
     count, own = len(devices), hosts.own(devices)
 
@@ -154,7 +154,7 @@ def run_loss(
 def _statistics(net: Network, state: SparseState, new: Mapping[str, Any]) -> dict[str, Any]:
     """The state's collections as a call leaves them, without what it sowed.
 
-    Errors: a variable that the state does not have, whose shape would then change.
+    Raises: a variable that the state does not have, whose shape would then change.
     """
     kept = entries({name: c for name, c in new.items() if name in state.batch_stats})
     kept = {path: leaf for path, leaf in kept.items() if path not in net.sown}
@@ -206,7 +206,7 @@ def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> C
         gradients, run = jax.grad(objective, has_aux=True)(state.params)
         gradients, run = jax.tree.map(average, (gradients, run))
         finite = all_finite((run.loss, gradients))
-        own = follow(state.method, A.kernels(gradients))
+        own = after_step(state.method, A.kernels(gradients))
         gradients = A.only_existing(gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = A.only_existing(optax.apply_updates(state.params, updates))

@@ -16,7 +16,13 @@ Row = TypeVar("Row")
 class Names(Mapping[str, Row], Generic[Row]):
     """name -> row, in the order in which they were added."""
 
-    def __init__(self, what: str, kind: type[Row], check: Callable[[str, Row], None], **rows: Row):
+    def __init__(
+        self,
+        what: str,
+        kind: type[Row],
+        rows: Mapping[str, Row],
+        check: Callable[[str, Row], None] = lambda who, row: None,
+    ):
         self._what, self._kind, self._check = what, kind, check  # check(who, row): ConfigError
         self._rows = dict(rows)
         self._files: dict[str, str] = {}  # of a user's own names

@@ -32,15 +32,17 @@ from dst import models
 from dst.data import DATASETS
 from dst.data import pipeline as data
 from dst.errors import ConfigError
-from dst.methods.distributions import active_count
+from dst.methods.base import Method
+from dst.methods.distributions import active_count, first_counts
+from dst.methods.grow import subset_sizes
 from dst.methods.heuristics import HEURISTICS
 from dst.methods.memory import begun
 from dst.methods.plan import due, plan
 from dst.methods.schedules import largest_remainder
-from dst.methods.table import ROWS, Method, method_of
+from dst.methods.settings import method_of
+from dst.methods.table import METHODS
 from dst.network import Network
 from dst.rewire import on_host, rewire_body
-from dst.state import first_counts
 from dst.training import cost, log
 from dst.update import parallel, update_body
 from experiments.benchmarks import measure
@@ -128,7 +130,7 @@ class Run:
         for i, sparsity in enumerate(self.levels[1:], 1):
             yield event("prune", i * self.steps, active_count(self.net.possible, sparsity))
         planned = plan(self.net, method)
-        asked = cost.candidates(method, planned).tolist()
+        asked = subset_sizes(method, planned).tolist()
         for step, active, S in zip(planned.steps.tolist(), planned.active, asked, strict=True):
             if step < self.steps and due(method, step):
                 yield event("rewire", step, int(active), S)
@@ -243,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("vgg", "resnet", "mlp"), default="vgg")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98])
-    parser.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--logs", type=Path, nargs="+", default=[])
     parser.add_argument("--measure", action="store_true")
     print(table(parser.parse_args(arguments)))

@@ -67,7 +67,7 @@ class Tools(NamedTuple):
 
 
 def tools(config: ConfigDict, built: Built) -> Tools:
-    """Errors: `ConfigError` if the run never rewires."""
+    """Raises: `ConfigError` if the run never rewires."""
     net, rule, devices = built.net, built.method, built.devices
     planned = plan(net, rule)
     rewires = np.flatnonzero(planned.grown)  # the last ones may be too small to drop any
@@ -113,7 +113,7 @@ def looking(config: ConfigDict, built: Built) -> Callable[[SparseState, Resident
 
 
 def rows_of(built: Built, use: Tools, state: SparseState) -> Iterator[dict[str, Any]]:
-    """A row a heuristic. Errors: FloatingPointError for a gradient that is NaN or infinite."""
+    """A row a heuristic. Raises: FloatingPointError for a gradient that is NaN or infinite."""
     step = int(state.step)
     event, k = use.dropped(step)
     G_on_device, fg = use.look(state, use.resident(step // built.per_epoch))
@@ -156,7 +156,7 @@ def subset(net, draw, key, state: SparseState, fg: Marginals, event: int) -> np.
 
 # -------------------------------------------------------------------------------------------- a run
 def opened(folder: Path) -> tuple[dict[str, Any], list[dict], ConfigDict]:
-    """Header, events and config of a run. Errors: `ConfigError` if it is none to measure."""
+    """Header, events and config of a run. Raises: `ConfigError` if it is none to measure."""
     try:
         header, events = log.read(folder / "metrics.jsonl")
         config = logged(log.headers(header, events)[-1])  # where its data are now
@@ -176,7 +176,7 @@ def opened(folder: Path) -> tuple[dict[str, Any], list[dict], ConfigDict]:
 def measure(folder: str | Path) -> list[dict[str, Any]]:
     """A row for every checkpoint of the run and every heuristic, by step.
 
-    Damaged checkpoints are said and left out. Errors: `ConfigError` if there is nothing to measure.
+    Damaged checkpoints are said and left out. Raises: `ConfigError` if there is nothing to measure.
     """
     folder = Path(folder)
     header, events, config = opened(folder)

@@ -24,7 +24,7 @@ from dst.data import DATASETS
 from dst.data.pipeline import steps_per_epoch
 from dst.errors import ConfigError
 from dst.methods.lottery import levels
-from dst.methods.table import never_read, resolve
+from dst.methods.settings import never_read, resolve
 from dst.models import MODELS
 from dst.training.log import read
 
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
     @functools.cache  # noqa: B019, a sweep's runs live as long as the process
     def config(self) -> ConfigDict:
-        """The whole config, every value known. Errors: ConfigError."""
+        """The whole config, every value known. Raises: ConfigError."""
         config = load(str(ROOT / self.base))
         for field, value in (*self.overrides, ("seed", self.seed)):
             check_field(field, value)
@@ -129,7 +129,7 @@ def flag(field: str, value: Any) -> str:
 
 
 def override(argument: str) -> tuple[str, Any]:
-    """`--config.FIELD=VALUE` as a field and its value. Errors: ConfigError."""
+    """`--config.FIELD=VALUE` as a field and its value. Raises: ConfigError."""
     name, equals, text = argument.partition("=")
     if not (name.startswith("--config.") and equals):
         raise ConfigError(
@@ -147,7 +147,7 @@ def override(argument: str) -> tuple[str, Any]:
 
 # -------------------------------------------------------------------------------- what became of it
 def finished(run: Run, out: Path) -> Finished | None:
-    """The run in `out` if it is over, else None. Errors: ConfigError if the log is another's."""
+    """The run in `out` if it is over, else None. Raises: ConfigError if the log is another's."""
     path = out / run.folder / "metrics.jsonl"
     if not path.exists():
         return None
@@ -168,7 +168,7 @@ def _filled(fields: Mapping[str, Any]) -> ConfigDict:
 
 
 def configured(**fields: Any) -> ConfigDict:
-    """The paper's config with these fields, which are a user's. Errors: ConfigError."""
+    """The paper's config with these fields, which are a user's. Raises: ConfigError."""
     config = _filled(fields)
     validate(config)
     return resolve(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from dst.config import load
-from dst.methods.table import resolve
+from dst.methods.settings import resolve
 from experiments.runs import ROOT, Run
 
 BASES = {

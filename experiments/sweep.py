@@ -62,7 +62,7 @@ def setting(text: str) -> tuple[str, str]:
 
 
 def parse(experiment: Experiment, arguments: list[str]) -> argparse.Namespace:
-    """The options, with the scale's own where the user says nothing. Errors: ConfigError."""
+    """The options, with the scale's own where the user says nothing. Raises: ConfigError."""
     doc = f"{experiment.doc}\n\n{__doc__.partition(chr(10))[2]}".replace("NAME", experiment.name)
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{experiment.name}",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from dst import config
+from dst.methods.table import METHODS as KNOWN
 from experiments import paper, sweep
 from experiments.runs import Finished, Run
 from experiments.scales import run_of
@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser, methods: tuple[str, ...]) -> None
     """Which cells; `methods` if the user does not say."""
     sweep.settings(parser)
     sweep.sparsities(parser)
-    parser.add_argument("--methods", nargs="+", choices=config.METHODS, default=list(methods))
+    parser.add_argument("--methods", nargs="+", choices=KNOWN, default=list(methods))
 
 
 def own(scale: str, setting: tuple[str, str], method: str) -> dict[str, Any]:

@@ -8,18 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from dst.methods.table import METHODS
 from dst.training import figures
 from experiments.benchmarks import measure
 from experiments.runs import Finished
 from experiments.scales import SCALES
 
 markdown = measure.table
-LABELS = {
-    **{"dense": "Dense", "lottery": "Lottery", "pruning": "Pruning", "random": "Random"},
-    **{"snip": "SNIP", "grasp": "GraSP", "grasp_abs": "|GraSP|", "synflow": "SynFlow"},
-    **{"set": "SET", "rigl": "RigL", "gse": "Ours (GSE)", "gse_v2": "GSE v2", "snfs": "SNFS"},
-    **{"dsr": "DSR", "deepr": "DeepR", "granet": "GraNet", "itop": "RigL-ITOP"},
-}
+LABELS = {name: row.label for name, row in METHODS.items()}
 COLORS = {"uniform": "#4477aa", "grabo": "#ee6677", "synflow": "#228833", "graest": "#aa3377"}
 
 

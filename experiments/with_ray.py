@@ -20,7 +20,7 @@ from experiments.sweep import BAD_INPUT, Codes, perform
 def on_ray(
     runs: list[Run], out: Path, tick: Callable[[], bool], options: argparse.Namespace
 ) -> Codes:
-    """As many runs at once as the cluster has room for. Errors: ConfigError without Ray."""
+    """As many runs at once as the cluster has room for. Raises: ConfigError without Ray."""
     try:
         import ray
     except ImportError as error:

@@ -197,7 +197,7 @@ def test_by_chance_every_connection_of_the_network_is_as_likely(dense):
         def visit(times, pairs, chosen):
             return times.at[at(pairs.l, pairs.column, pairs.output)].add(chosen.astype(jnp.int32))
 
-        groups, active = sample.alike(parts), mask.sum(dtype=jnp.int32)
+        groups, active = sample.group_by_shape(parts), mask.sum(dtype=jnp.int32)
         exists = lambda *pair: mask[at(*pair)]  # noqa: E731
         return sample.fold_by_chance(
             64, size, groups, parts, key, jnp.int32(size), active, exists, visit,

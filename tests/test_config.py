@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dst import config as config_lib
 from dst.errors import ConfigError
-from dst.methods.table import OWN, resolve
+from dst.methods.settings import OWN, resolve
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.py"))
 

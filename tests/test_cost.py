@@ -9,10 +9,10 @@ import tiny
 
 import dst
 from dst.layers import Conv, Dense, Layer
-from dst.methods.table import ROWS
+from dst.methods.distributions import first_counts
+from dst.methods.table import METHODS
 from dst.models import MLP, VGG16, ResNet
 from dst.network import Network
-from dst.state import first_counts
 from dst.training import cost, log
 
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
@@ -211,7 +211,7 @@ def slowly(row: str) -> int:
 
 
 ALL = [
-    *(name for name in ROWS if "heuristic" not in ROWS[name]),
+    *(name for name in METHODS if "heuristic" not in METHODS[name].fields),
     *(f"gse {heuristic}" for heuristic in ("uniform", "grabo", "graest", "synflow")),
     "gse_v2 uniform",
     "gse_v2 graest",

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dst.methods.table import ROWS
+from dst.methods.table import METHODS
 from experiments import cost
 
 RESULTS = Path(cost.__file__).parent / "results"
@@ -22,7 +22,7 @@ def test_every_method_has_a_row(capsys):
     printed = capsys.readouterr().out.splitlines()
     head, _, *lines = [line.strip("| ").split(" | ") for line in printed]
     rows = {line[0].split(" ")[0] for line in lines}
-    assert rows == set(ROWS)
+    assert rows == set(METHODS)
     cells = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
     assert cells["dense"]["counted from masks (runs)"] == "0 %: 1 (3)"
     assert cells["random"]["counted from masks (runs)"] == "98 %: 0.02 (3)"

@@ -12,10 +12,9 @@ import pytest
 import dst
 from dst.config import default, validate
 from dst.methods import lottery
-from dst.methods.distributions import active_count
+from dst.methods.distributions import active_count, first_counts
 from dst.methods.plan import plan
-from dst.methods.table import ROWS
-from dst.state import first_counts
+from dst.methods.table import METHODS
 from dst.training import checkpoint
 from dst.update import replicate
 from tests import tiny
@@ -58,7 +57,7 @@ def first_state(net, tx, method, loss, key):
     return state
 
 
-@pytest.fixture(scope="module", params=list(ROWS))
+@pytest.fixture(scope="module", params=list(METHODS))
 def run(request) -> Run:
     calls = []
 

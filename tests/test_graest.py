@@ -14,9 +14,9 @@ from dst.methods.plan import plan
 from dst.update import AXIS
 from tests import tiny
 from tests.executions import structure
+from tests.test_blockwise import gradient, integers
 from tests.test_heuristics import randoms, state_of, weighted
 from tests.test_probes import Layers, setting
-from tests.test_stream import gradient, integers
 
 
 @pytest.mark.parametrize("path", ["rows", "same", "unequal_strides", "dilated_strided"])

@@ -19,7 +19,7 @@ from dst import layers as kinds
 from dst.connections.base import Part
 from dst.connections.execution import described, forward, init_rest
 from dst.layers import KINDS, Conv, Dense, Layer, kind_of, register
-from dst.methods.sample import alike
+from dst.methods.sample import group_by_shape
 from dst.observe import gradient_on, observe
 from tests import tiny
 from tests.executions import ONE, close, structure
@@ -253,7 +253,7 @@ def test_layers_of_two_kinds_are_never_equal_and_can_be_keys():
 
 def test_layers_of_one_shape_that_are_read_unlike_share_no_sampler():
     parts = [Part(kind("a", (4, 4)), 4, 4 * l) for l, kind in enumerate((Dense, Plain, Dense))]
-    assert alike(parts) == [[0, 2], [1]]
+    assert group_by_shape(parts) == [[0, 2], [1]]
 
 
 # ------------------------------------------------------------------------------------- refusals

@@ -16,8 +16,7 @@ import pytest
 import dst
 from dst import main
 from dst.methods import lottery
-from dst.methods.distributions import active_count
-from dst.state import count_of
+from dst.methods.distributions import active_count, count_of
 from dst.training import checkpoint
 from tests import tiny
 

@@ -16,7 +16,7 @@ from dst import config as config_lib
 from dst.data import DATASETS, Source, Splits, load
 from dst.errors import ConfigError
 from dst.main import main
-from dst.methods.table import resolve
+from dst.methods.settings import resolve
 from dst.models import MODELS, Architecture, build, check_logits
 from dst.training.log import read
 from experiments.runs import Run, training_steps

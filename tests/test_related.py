@@ -12,7 +12,7 @@ from dst.config import default
 from dst.methods.memory import TOLERANCE
 from dst.methods.plan import plan
 from dst.methods.schedules import cubic_sparsity, largest_remainder
-from dst.methods.table import method_of, resolve
+from dst.methods.settings import method_of, resolve
 from tests import tiny
 
 ONE = jax.local_devices()[:1]

@@ -37,7 +37,7 @@ def exchange(A, w, S, score, k, size):
     salt = row_salts(masks.parts, KEY)
     dropped = lowest(bits(jnp.abs(w)), masks.exists, k, lambda: masks.hashes(salt))
     found = Candidates(jnp.zeros_like(S), S, score)  # a layer of one output: S are the columns
-    grown = rewire_module.strongest(found, k, size, salt)
+    grown = rewire_module.best_candidates(found, k, size, salt)
     new, moves = masks.exchange(dropped, grown, k, salt)
     return moves.masks["layer"][:, 0], new["layer"][:, 0]
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dst.config import METHODS
 from dst.errors import ConfigError
 from dst.methods.distributions import active_count
 from dst.methods.schedules import events
+from dst.methods.table import METHODS
 from dst.training.log import headers, read
 from experiments import layer_sparsity, memory, subset_size, sweep, table1, width
 from experiments.cost import network_of
@@ -43,7 +43,7 @@ def expanded(experiment, *arguments):
 
 
 @settings(deadline=None)
-@given(st.sampled_from(METHODS), st.lists(st.sampled_from(sorted(FIELDS)), unique=True))
+@given(st.sampled_from([*METHODS]), st.lists(st.sampled_from(sorted(FIELDS)), unique=True))
 def test_the_order_and_the_way_of_asking_do_not_matter(method, fields):
     """Overrides in any order, defaults said or not, 1 or 1.0, where the data lie: one folder."""
     some = [("method", method), *((f, FIELDS[f]) for f in fields if method != "granet")]

@@ -11,15 +11,10 @@ import pytest
 
 import dst
 from dst.connections.masks import kernels_of, with_kernels
-from dst.methods.before import (
-    SCORES,
-    hessian_product,
-    mean_on_devices,
-    mean_over,
-    objective,
-    prune_at_init,
-)
+from dst.methods import before
+from dst.methods.before import hessian_product, mean_on_devices, mean_over, objective
 from dst.methods.memory import begun
+from dst.start import prune_at_init
 from tests.tiny import batch, setup
 from tests.tiny import loss as tiny_loss
 
@@ -37,8 +32,8 @@ def best(score, k):
 def scores_of(parts, batches, name, temperature=1.0, devices=None, loss=tiny_loss):
     """The scores that `prune_at_init` ranks, in float64."""
     value = objective(parts.net, loss, temperature)
-    mean = mean_on_devices(parts.state, batches, True, devices or one(), None)
-    scores = SCORES[name](value, kernels_of(parts.state.params, parts.state.masks), mean)
+    mean = mean_on_devices(parts.state, batches, 2, devices or one(), None)
+    scores = getattr(before, name)(value, kernels_of(parts.state.params, parts.state.masks), mean)
     return {path: np.asarray(score, np.float64) for path, score in scores.items()}
 
 
@@ -69,7 +64,7 @@ def oracle(name):
         kernels = {"w": jnp.asarray(THETA)}
         batches = [(A[i : i + 1], B[i : i + 1]) for i in range(2)]
         return np.asarray(
-            SCORES[name](quadratic, kernels, mean_over(kernels, lambda: batches))["w"]
+            getattr(before, name)(quadratic, kernels, mean_over(kernels, lambda: batches))["w"]
         )
 
 
@@ -150,7 +145,7 @@ def test_o2_scores(temperature):
     net, _, _, state = matrix_run("grasp", temperature)
     value = objective(net, cross_entropy, temperature)
     mean = mean_on_devices(state, [DATA], True, one(), None)
-    scores = SCORES["grasp"](value, kernels_of(state.params, state.masks), mean)
+    scores = before.grasp(value, kernels_of(state.params, state.masks), mean)
     expected = TEMPERED[temperature]
     np.testing.assert_allclose(
         joined(scores), expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max()

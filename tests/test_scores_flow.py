@@ -15,8 +15,9 @@ import pytest
 import dst
 from dst.connections.masks import kernels_of, with_kernels
 from dst.methods import before as scores
-from dst.methods.before import densities, flow_scores, prune_at_init
+from dst.methods.before import densities, flow_scores
 from dst.models import ResNet
+from dst.start import prune_at_init
 from tests.tiny import active
 
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dst
-from dst.methods.before import prune_at_init, strongest
+from dst.methods.before import strongest
 from dst.methods.distributions import active_count
+from dst.start import prune_at_init
 from tests.tiny import SGD, active, batch, kernels, loss, setup
 
 NAMES = ["snip", "grasp", "grasp_abs", "synflow"]

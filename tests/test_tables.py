@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dst.config import METHODS
+from dst.methods.table import METHODS
 from experiments import layer_sparsity, memory, paper, subset_size, sweep, table1, width
 from experiments.runs import Finished
 from experiments.tables import LABELS, interval, markdown, ours

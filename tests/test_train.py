@@ -16,7 +16,7 @@ import pytest
 from dst.config import default, validate
 from dst.data import pipeline as dst_data
 from dst.errors import ConfigError
-from dst.methods.table import resolve
+from dst.methods.settings import resolve
 from dst.training import checkpoint, loop, train
 from dst.training.log import read
 
@@ -115,7 +115,7 @@ def killed_in(name, at, config, workdir, after=False):
 
 
 def test_killed_runs_end_bitwise_the_same(run, uninterrupted, tmp_path):
-    """In a rewire before it is logged, at an epoch's end after its log and before its checkpoint."""
+    """In a rewire before its log; at an epoch's end, after its log and before its checkpoint."""
     killed_in("rewire", 20, run(), tmp_path)
     assert checkpoint.open_manager(tmp_path, 2).latest_step() == 14
     killed_in("end_epoch", 22, run(), tmp_path, after=True)

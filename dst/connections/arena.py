@@ -205,7 +205,7 @@ class Source(NamedTuple):
 def lay_out(net: Network, counts: Mapping[str, int]) -> tuple[Part, ...]:
     """Each layer's block size and first row, given how many connections it starts with.
 
-    Errors: more connections or rows than int32 can count.
+    Raises: more connections or rows than int32 can count.
     """
     parts: list[Part] = []
     first = 0
@@ -276,4 +276,4 @@ def refuse(net: Network, tx: optax.GradientTransformation, params: Any) -> None:
     refuse_unless_coordinate_wise(tx, params, net.layers)
 
 
-SPARSE = Execution(connect, refuse)
+SPARSE = Execution(connect, refuse, every=False, fuses=True)

@@ -245,3 +245,5 @@ class Execution(NamedTuple):
     connect: Callable[..., tuple[Connections, dict[str, Array]]]
     # (net, tx, params without the connections) -> None; raises ConfigError for what cannot run
     refuse: Callable[[Network, optax.GradientTransformation, Any], None]
+    every: bool  # whether there is memory for every possible connection
+    fuses: bool  # whether `fuse` is read

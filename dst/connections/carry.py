@@ -24,7 +24,7 @@ def carry(tree: Any, before: SparseState, after: SparseState) -> Any:
     is forgotten and that of a grown one is 0, so at most K entries are not; all else is as it was.
     In sparse execution, where a rewire moves connections within the vector of values, nothing else
     keeps them together. O(K) memory. `before` must still be there: make_rewire(..., donate=False).
-    Errors: states of two networks, a tree that holds nothing of a connection, or other shapes.
+    Raises: states of two networks, a tree that holds nothing of a connection, or other shapes.
     """
     if _description(before.masks) != _description(after.masks):
         raise ConfigError("before and after must be the states of one network, around a rewire.")

@@ -12,7 +12,7 @@ def random_positions(key: jax.Array, size: int, count: int) -> np.ndarray:
     """Erdős-Rényi G(n, M): `count` of `size` positions, every such set equally likely.
 
     Shapes: int64 (count,), sorted. Memory: O(count), whatever `size` is (up to 2^63).
-    Errors: a count that is negative or above `size`.
+    Raises: a count that is negative or above `size`.
     """
     if not 0 <= count <= size:
         raise ConfigError(f"count is {count}; allowed is 0 to {size}, all possible connections.")

@@ -289,4 +289,4 @@ def refuse(net: Network, tx: Any, params: Any) -> None:
         )
 
 
-MASKED = Execution(connect, refuse)
+MASKED = Execution(connect, refuse, every=True, fuses=False)

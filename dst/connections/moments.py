@@ -30,7 +30,7 @@ MOST_STEPS = 300  # that an optimizer may accumulate, or wait, before it moves t
 def recognise(opt_state: Any, params: Any, masks: Mapping[str, Any]) -> list[str | None]:
     """The sparse layer of each leaf of `opt_state`, None for what belongs to none.
 
-    A leaf belongs to a parameter if its path ends in the parameter's and it has its shape. Errors:
+    A leaf belongs to a parameter if its path ends in the parameter's and it has its shape. Raises:
     a leaf as large as a sparse kernel that belongs to no parameter.
     """
     owners = {name: leaf.shape for name, leaf in _named(params)}
@@ -146,7 +146,7 @@ def _same_state(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> bool:
 
 
 def _step_kernels(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> None:
-    """One step on the kernels themselves, as shapes. Errors: the optimizer's own."""
+    """One step on the kernels themselves, as shapes. Raises: the optimizer's own."""
     params = _parameters(rest, {path: layer.shape for path, layer in layers.items()})
     jax.eval_shape(lambda w: tx.update(w, tx.init(w), w), params)
 

@@ -68,8 +68,10 @@ def _cifar100(data_dir: str) -> Splits:
 DATASETS: Names[Source] = Names(
     "dataset",
     Source,
+    dict(
+        digits=Source(1437, (8, 8, 1), 10, _digits),
+        cifar10=Source(50_000, (32, 32, 3), 10, _cifar10),
+        cifar100=Source(50_000, (32, 32, 3), 100, _cifar100),
+    ),
     check_source,
-    digits=Source(1437, (8, 8, 1), 10, _digits),
-    cifar10=Source(50_000, (32, 32, 3), 10, _cifar10),
-    cifar100=Source(50_000, (32, 32, 3), 100, _cifar100),
 )

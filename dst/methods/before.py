@@ -17,91 +17,40 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 from dst import hosts
 from dst.connections.masks import kernels_of, with_kernels
 from dst.errors import ConfigError
-from dst.methods.combinations import check_execution
-from dst.methods.distributions import active_count
+from dst.methods.base import Method
+from dst.methods.distributions import active_count, count_of
 from dst.methods.heuristics import NOTHING, check_flow, check_inputs, total_flow, without_dropout
-from dst.methods.memory import begun
-from dst.methods.table import Method
 from dst.network import Network
-from dst.state import SparseState, count_of
+from dst.state import SparseState
 from dst.update import AXIS, Loss, parallel, replicate, run_loss, split_batch
+from dst.vocabulary import Names
 
 Array = jax.Array
 ByLayer = dict[str, Array]
 
 Value = Callable[[ByLayer, Any], Array]  # value(kernels, batch): the mean loss of one batch
+Score = Callable[["Value", ByLayer, "Mean"], ByLayer]  # score(value, kernels, mean)
 Mean = Callable[..., ByLayer]  # mean(f, *args): of f(kernels, batch, *args), over all examples
 Show = Callable[[int, int | None], Any]  # show(done, total); total is None if unknown
 
 
-def prune_at_init(
-    net: Network,
-    tx: optax.GradientTransformation,
-    method: Method,
-    loss: Loss,
-    state: SparseState,
-    batches: Iterable[Any] = (),
-    *,
-    devices: list | None = None,
-    show: Show | None = None,
-) -> SparseState:
-    """`state`, which has all connections, with the K that score best by `method.before`.
+class Given(NamedTuple):
+    """What pruning may look at, and how it runs."""
 
-    `batches` are as for `make_update`, and can be iterated twice; a batch smaller than the first is
-    cut to a multiple of the devices. Batch normalisation is in train mode, its new statistics are
-    thrown away, and `nn.Dropout` is off. `show` is called after each batch, or round of SynFlow.
-    Errors: sparse execution, no batches, scores that are not finite, no flow for SynFlow, a
-    sparsity that leaves no connection.
-    """
-    K = count_of(net, method.sparsity)
-    _check(net, method, state, K)
-    if method.before == "synflow":
-        masks = prune_by_flow(net, method, state, show)
-    else:
-        value = objective(net, loss, 1.0 if method.before == "snip" else method.temperature)
-        score = SCORES[method.before]
-        mean = mean_on_devices(state, batches, score is not snip, devices, show)
-        scores = score(value, kernels_of(state.params, state.masks), mean)
-        masks = strongest(scores, state.masks, K, f"the {method.before!r} score")
-    return start_with(tx, state, masks)
-
-
-def _check(net: Network, method: Method, state: SparseState, K: int) -> None:
-    known = (*SCORES, "synflow")
-    if method.before not in known:
-        raise ConfigError(
-            f"method is {method.name!r}, which does not prune before training; allowed are "
-            f"{', '.join(known)}."
-        )
-    check_execution(method, net.execution)
-    active = sum(np.count_nonzero(mask) for mask in state.masks.values())
-    if active < K:
-        raise ConfigError(
-            f"state has {active} connections, fewer than the {K} to keep; it must be a new one "
-            "with initial sparsity 0."
-        )
-
-
-def start_with(tx: optax.GradientTransformation, state: SparseState, masks: Any) -> SparseState:
-    """`state` with these masks, exact zeros off them and a fresh optimizer, free to train.
-
-    The rest stays as it is.
-    """
-    A = state.masks.but({path: jnp.asarray(mask) for path, mask in masks.items()})
-    params = A.only_existing(state.params)
-    return begun(state).replace(params=params, masks=A, opt_state=tx.init(params))
+    batches: Iterable[Any]
+    devices: list | None
+    show: Show | None
 
 
 def strongest(
@@ -110,7 +59,7 @@ def strongest(
     """Masks of the k largest scores of active connections: global, by stable rank.
 
     Signed scores of the kernels' shapes; of equals the first in layer order is kept, and never one
-    that is inactive. Errors: a score that is not finite, told as `what`.
+    that is inactive. Raises: a score that is not finite, told as `what`.
     """
     for path, mask in masks.items():
         if not np.isfinite(np.asarray(score[path])[np.asarray(mask)]).all():
@@ -148,11 +97,21 @@ def grasp_abs(value: Value, kernels: ByLayer, mean: Mean) -> ByLayer:
     return {path: jnp.abs(score) for path, score in grasp(value, kernels, mean).items()}
 
 
-SCORES: dict[str, Callable[[Value, ByLayer, Mean], ByLayer]] = {
-    "snip": snip,
-    "grasp": grasp,
-    "grasp_abs": grasp_abs,
-}
+def by_score(
+    score: Score, passes: int, cooled: bool
+) -> Callable[[Network, Method, Loss, SparseState, Given], dict[str, np.ndarray]]:
+    """Keeps the K connections of the largest score, which takes so many passes over the batches."""
+
+    def prune(
+        net: Network, method: Method, loss: Loss, state: SparseState, given: Given
+    ) -> dict[str, np.ndarray]:
+        value = objective(net, loss, method.temperature if cooled else 1.0)
+        mean = mean_on_devices(state, given.batches, passes, given.devices, given.show)
+        scores = score(value, kernels_of(state.params, state.masks), mean)
+        K = count_of(net, method.sparsity)
+        return strongest(scores, state.masks, K, f"the {method.before!r} score")
+
+    return prune
 
 
 def hessian_product(value: Value) -> Callable[[ByLayer, Any, ByLayer], ByLayer]:
@@ -173,7 +132,7 @@ def mean_over(
     """A function that takes means over all examples of `batches()`: mean(f, *args).
 
     Each batch counts by its examples, so that batches may differ in size. `run(f)` is what is
-    called on a batch. Errors: no examples, or not as many as in the pass before.
+    called on a batch. Raises: no examples, or not as many as in the pass before.
     """
     passes: list[int] = []
 
@@ -197,11 +156,11 @@ def mean_over(
 
 
 def mean_on_devices(
-    state: SparseState, batches: Iterable, twice: bool, devices: list | None, show: Show | None
+    state: SparseState, batches: Iterable, passes: int, devices: list | None, show: Show | None
 ) -> Mean:
     """`mean_over` with each batch split over the devices; f gets (state, batch) for a batch."""
     state = replicate(state, devices)
-    total = (1 + twice) * operator.length_hint(batches) or None
+    total = passes * operator.length_hint(batches) or None
     done = itertools.count(1)
 
     def each() -> Iterator[Any]:
@@ -275,18 +234,18 @@ def densities(sparsity: float, iterations: int) -> list[float]:
 
 
 def prune_by_flow(
-    net: Network, method: Method, state: SparseState, show: Show | None
+    net: Network, method: Method, loss: Loss, state: SparseState, given: Given
 ) -> dict[str, np.ndarray]:
     """SynFlow's masks: round after round the flow is scored anew and the weakest removed.
 
-    In float64, on one device. Errors: a flow that is not finite or not positively homogeneous.
+    In float64, on one device. Raises: a flow that is not finite or not positively homogeneous.
     """
     subject, instead = "method is 'synflow'", "use 'snip' or 'grasp'"
     check_inputs(net, subject, instead)
     counts = [round(net.possible * d) for d in densities(method.sparsity, method.iterations)]
     counts[-1] = active_count(net.possible, method.sparsity)
-    given = state.params, dict(state.masks), state.batch_stats
-    params, masks, collections = jax.device_get(given)
+    held = state.params, dict(state.masks), state.batch_stats
+    params, masks, collections = jax.device_get(held)
     with jax.enable_x64(True):
         measure = jax.jit(functools.partial(flow_scores, net))
         R, R_of_double = (measure(params, masks, collections, value)[0] for value in (1.0, 2.0))
@@ -294,8 +253,8 @@ def prune_by_flow(
         for done, count in enumerate(counts, 1):
             _, scores = measure(params, masks, collections, 1.0)
             masks = strongest(jax.device_get(scores), masks, count, "the 'synflow' score")
-            if show:
-                show(done, len(counts))
+            if given.show:
+                given.show(done, len(counts))
     return masks
 
 
@@ -318,3 +277,31 @@ def flow_scores(
     scores = {path: w * slope[path] for path, w in weights.items()}
     # What the twin's TRACE alone makes is no flow; a NaN stays one.
     return R, {path: jnp.where(s < NOTHING, 0, s) for path, s in scores.items()}
+
+
+class Before(NamedTuple):
+    """What prunes once before training, and what that takes."""
+
+    prune: Callable[[Network, Method, Loss, SparseState, Given], dict[str, np.ndarray]]
+    words: float  # of 4 bytes a possible connection while it scores
+    gradients: int  # of the dense network for each example; 0: it needs no data
+    reads: tuple[str, ...] = ()  # fields of `Method`
+    passes: str = ""  # in words, for a table
+
+
+# Weights, gradient and scores; for GraSP H g too, whose pass has the gradient and its tangent.
+# SynFlow's copy and its gradient are float64.
+BEFORE = Names(
+    "score before training",
+    Before,
+    dict(
+        snip=Before(by_score(snip, 1, False), 3.0, 1, (), "one over the training set"),
+        grasp=Before(
+            by_score(grasp, 2, True), 4.0, 3, ("temperature",), "two over the training set"
+        ),
+        grasp_abs=Before(
+            by_score(grasp_abs, 2, True), 4.0, 3, ("temperature",), "two over the training set"
+        ),
+        synflow=Before(prune_by_flow, 5.0, 0, ("iterations",), "100 of one image of ones"),
+    ),
+)

@@ -1,22 +1,39 @@
 """Which fields of a method go together, which it never reads, and in which execution it runs.
 
 A method runs as planned or is refused, here and nowhere else: `dst.method`, `init_state`,
-`make_rewire` and the command line ask the same questions.
+`make_rewire` and the command line ask the same questions, of what the registries declare.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dst.connections.execution import EXECUTIONS
+from dst.errors import ConfigError, listed
+from dst.methods.base import Method
+from dst.methods.before import BEFORE
+from dst.methods.drop import DROPS
+from dst.methods.grow import GROWTHS
+from dst.methods.heuristics import HEURISTICS
+from dst.methods.memory import MEMORIES
+from dst.methods.share import SHARES
 
-from dst.errors import ConfigError
 
-if TYPE_CHECKING:
-    from dst.methods.table import Method
+def memories(method: Method) -> tuple[str, ...]:
+    """Names of what the method remembers, see `MEMORIES`."""
+    dropping = DROPS[method.drop].memory if method.drop else ()
+    explored = ("explored",) if method.explored else ()
+    return (*GROWTHS[method.score].memory, *dropping, *explored)
+
+
+def _planned(method: Method) -> bool:
+    """Whether the number of connections that go is known beforehand."""
+    return bool(method.drop) and DROPS[method.drop].planned
 
 
 def check(method: Method) -> None:
-    """Errors: fields that do not go together, so that one would change nothing or mislead."""
+    """Raises ConfigError: fields that do not go together, so that one would mislead."""
     name, drop, score, share = method.name, method.drop, method.score, method.share
+    growth, planned = GROWTHS[score], [rule for rule, row in DROPS.items() if row.planned]
+    at_once = score and not growth.draws and method.growth_memory != "streamed"
     for wrong, sentence in (
         (
             method.first_sparsity > method.sparsity,
@@ -37,51 +54,56 @@ def check(method: Method) -> None:
         ),
         (
             method.first_sparsity != method.sparsity
-            and not (drop == "magnitude" or method.before or name == "lottery"),
-            f"drop must be 'magnitude' for method {name!r}, whose sparsity grows from "
+            and not (_planned(method) or method.before or name == "lottery"),
+            f"drop must be {listed(planned)} for method {name!r}, whose sparsity grows from "
             f"{method.first_sparsity} to {method.sparsity}, not {drop!r}.",
         ),
         (
-            drop and not score and (drop != "magnitude" or method.initial is None),
+            drop and not score and (not _planned(method) or method.initial is None),
             f"score must not be '' for method {name!r}, which drops only as many as grow "
             "(or as `initial` has too many).",
         ),
         (
-            method.heuristic and score != "gradient",
+            method.heuristic and not growth.draws,
             f"heuristic must be '' for method {name!r}, which draws no S (score is {score!r}), "
             f"not {method.heuristic!r}.",
         ),
         (
-            score == "gradient" and not method.heuristic,
-            f"heuristic must be 'uniform', 'grabo', 'synflow' or 'graest' for method {name!r}, "
-            "which draws S from it, not ''.",
+            growth.draws and not method.heuristic,
+            f"heuristic must be {listed(HEURISTICS)} for method {name!r}, which draws S from it, "
+            "not ''.",
         ),
         (
-            method.growth_memory == "streamed" and score != "dense gradient",
+            method.growth_memory == "streamed" and growth.gradient != "all",
             f"growth_memory must be 'dense' for method {name!r}, which takes no dense gradient, "
             "not 'streamed'.",
         ),
         (
-            share and (not score or method.heuristic or method.growth_memory == "streamed"),
+            share and not at_once,
             "share must be '' for a method that does not score every inactive connection at once, "
             f"not {share!r}.",
         ),
         (
-            share == "momentum" and score != "momentum",
-            f"share must be '' or 'survivors' for method {name!r}, which keeps no momentum of "
-            "every connection, not 'momentum'.",
+            share and not {*SHARES[share].memory} <= {*growth.memory},
+            f"share must be '' or {listed(_free())} for method {name!r}, which keeps no "
+            f"{share} of every connection, not {share!r}.",
         ),
     ):
         if wrong:
             raise ConfigError(sentence)
 
 
+def _free() -> list[str]:
+    """What growth can be shared by, whatever is remembered."""
+    return [share for share, row in SHARES.items() if not row.memory]
+
+
 def check_execution(method: Method, execution: str) -> None:
-    """Errors: a method that cannot run as planned in this execution."""
-    if execution == "sparse" and (why := _obstacle(method)):
+    """Raises ConfigError: a method that cannot run as planned in this execution."""
+    if not EXECUTIONS[execution].every and (why := _obstacle(method)):
         what, instead = why
         raise ConfigError(
-            f"method {method.name!r} cannot run in execution 'sparse', because {what}; use "
+            f"method {method.name!r} cannot run in execution {execution!r}, because {what}; use "
             f"{instead}execution 'masked'."
         )
 
@@ -91,25 +113,21 @@ def _obstacle(method: Method) -> tuple[str, str] | None:
 
     An arena holds K connections, always as many, and nothing of those that do not exist.
     """
-    score, first, last = method.score, method.first_sparsity, method.sparsity
+    first, last = method.first_sparsity, method.sparsity
     if method.before:
         return "it scores every possible connection before training", ""
     if method.name == "lottery":
         return "it begins with every possible connection", ""
     if first != last:
         return f"its sparsity grows from {first} to {last}, and there it is constant", ""
-    if method.drop not in ("", "magnitude"):
-        return f"its drop is {method.drop!r} and not 'magnitude'", ""
+    if method.drop and not DROPS[method.drop].planned:
+        return f"its drop is {method.drop!r}, which does not say beforehand how many go", ""
     if method.share:
         return f"it shares growth out to the layers by {method.share}", ""
-    if score == "momentum":
-        return "it keeps the momentum of every possible connection", ""
-    if score == "dense gradient" and method.growth_memory != "streamed":
-        what = "it takes the gradient of every possible connection at once"
-        return what, "growth_memory='streamed' or "
-    if method.explored:
-        return "it remembers every connection that ever existed (explored)", ""
-    return None
+    for name in memories(method):
+        if MEMORIES[name].needs:
+            return MEMORIES[name].needs, ""
+    return GROWTHS[method.score].obstacle(method)
 
 
 def unread(method: Method) -> set[str]:
@@ -117,15 +135,17 @@ def unread(method: Method) -> set[str]:
 
     `every` and `end` are the schedule of a run, which any method takes.
     """
+    growth = GROWTHS[method.score]
+    pruning = BEFORE[method.before].reads if method.before else ()
     fields = {
-        "temperature": method.before in ("grasp", "grasp_abs"),
-        "iterations": method.before == "synflow",
+        "temperature": "temperature" in pruning,
+        "iterations": "iterations" in pruning,
         "distribution": method.name != "dense" and method.initial != 0,
-        "floor": method.drop == "magnitude",
+        "floor": bool(method.drop) and DROPS[method.drop].floors,
         "explored": method.moves,
-        "growth_memory": method.score == "dense gradient",
-        "heuristic": method.score == "gradient",
-        "momentum": method.score == "momentum",
+        "growth_memory": growth.gradient == "all",
+        "heuristic": growth.draws,
+        "momentum": "momentum" in memories(method),
         **dict.fromkeys(("subset_ratio", "subset_of", "rounds"), bool(method.heuristic)),
         **dict.fromkeys(("drop_fraction", "last_fraction"), _plans(method)),
     }
@@ -135,4 +155,4 @@ def unread(method: Method) -> set[str]:
 def _plans(method: Method) -> bool:
     """Whether |G| or |S| of an event follow from the drop fraction; a sign asks nobody."""
     draws = bool(method.heuristic) and method.subset_of == "dropped"
-    return bool(method.score) and (method.drop != "sign" or draws)
+    return bool(method.score) and (DROPS[method.drop].asks or draws)

@@ -3,14 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
-from dst.errors import ConfigError
+from dst.errors import ConfigError, check_value, one_of
+from dst.methods.base import Method
 from dst.methods.schedules import largest_remainder
+from dst.network import Network
+from dst.vocabulary import Names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-DISTRIBUTIONS = ("uniform", "er", "er_unfolded", "erk")
+
+class Distribution(NamedTuple):
+    """Densities of layers up to a factor eps, of all kernels' shapes: {path: above 0}."""
+
+    raw: Callable[[Shapes], dict[str, float]]
+
+
+def uniform(shapes: Shapes) -> dict[str, float]:
+    """1 - s everywhere."""
+    return dict.fromkeys(shapes, 1.0)
+
+
+def _per_unit(dims: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+    return {path: sum(d) / math.prod(d) for path, d in dims.items()}
+
+
+def er(shapes: Shapes) -> dict[str, float]:
+    """eps (n_in + n_out) / (n_in n_out) over channels (Mocanu et al., 2018)."""
+    return _per_unit({path: s[-2:] for path, s in shapes.items()})
+
+
+def er_unfolded(shapes: Shapes) -> dict[str, float]:
+    """ER with kx ky n_in for n_in (Heddes et al., 2024)."""
+    return _per_unit({path: (math.prod(s[:-1]), s[-1]) for path, s in shapes.items()})
+
+
+def erk(shapes: Shapes) -> dict[str, float]:
+    """eps (sum of the kernel's dimensions) / (their product) (Evci et al., 2020)."""
+    return _per_unit(dict(shapes))
+
+
+DISTRIBUTIONS = Names(
+    "distribution",
+    Distribution,
+    dict(
+        uniform=Distribution(uniform),
+        er=Distribution(er),
+        er_unfolded=Distribution(er_unfolded),
+        erk=Distribution(erk),
+    ),
+)
 
 
 def active_count(possible: int, sparsity: float) -> int:
@@ -18,26 +62,35 @@ def active_count(possible: int, sparsity: float) -> int:
     return possible - round(possible * sparsity)
 
 
+def count_of(net: Network, sparsity: float) -> int:
+    """K = N - round(N s). Raises ConfigError: no connection is left."""
+    N = net.possible
+    K = active_count(N, sparsity)
+    if not K:
+        raise ConfigError(
+            f"sparsity is {sparsity}, which leaves none of the {N} possible connections; the "
+            f"highest that keeps one is {_highest(N)}."
+        )
+    return K
+
+
+def _highest(N: int) -> float:
+    """The highest sparsity of so many digits as N has, and one more, that keeps a connection."""
+    unit = 10 ** (len(str(N)) + 1)
+    most = unit - unit // (2 * N)
+    return next(s for s in (n / unit for n in range(most, 0, -1)) if active_count(N, s))
+
+
 def layer_densities(shapes: Shapes, sparsity: float, distribution: str) -> dict[str, float]:
     """Density of each layer; their mean weighted by layer size is 1 - s.
 
-    `uniform`: 1 - s everywhere. `er`: eps (n_in + n_out) / (n_in n_out) over channels (Mocanu et
-    al., 2018). `er_unfolded`: the same with kx ky n_in for n_in (Heddes et al., 2024). `erk`: eps
-    (sum of the kernel's dimensions) / (their product) (Evci et al., 2020).
     A layer that would exceed 1 is dense and eps is solved again for the others.
     """
-    if distribution not in DISTRIBUTIONS:
-        raise ConfigError(
-            f"distribution is {distribution!r}; allowed are {', '.join(DISTRIBUTIONS)}."
-        )
-    size = {path: math.prod(shape) for path, shape in shapes.items()}
+    check_value("distribution", distribution, one_of(DISTRIBUTIONS))
     if distribution == "uniform":
         return dict.fromkeys(shapes, 1.0 - sparsity)
-    unfolded = {path: (math.prod(s[:-1]), s[-1]) for path, s in shapes.items()}
-    channels = {path: s[-2:] for path, s in shapes.items()}
-    of: dict[str, Mapping] = {"er": channels, "er_unfolded": unfolded, "erk": shapes}
-    dims = of[distribution]
-    raw = {path: sum(d) / math.prod(d) for path, d in dims.items()}
+    size = {path: math.prod(shape) for path, shape in shapes.items()}
+    raw = DISTRIBUTIONS[distribution].raw(shapes)
     full: set[str] = set()
     while True:
         budget = (1.0 - sparsity) * sum(size.values()) - sum(size[path] for path in full)
@@ -60,3 +113,9 @@ def layer_counts(shapes: Shapes, sparsity: float, distribution: str = "uniform")
     scale = 2**40 / max(max(weights, default=0.0), 1e-300)
     counts = largest_remainder(total, [round(w * scale) for w in weights], list(size.values()))
     return {path: int(count) for path, count in zip(shapes, counts, strict=True)}
+
+
+def first_counts(net: Network, method: Method) -> dict[str, int]:
+    """Connections of each layer at step 0; their sum is K."""
+    shapes = {path: layer.shape for path, layer in net.layers.items()}
+    return layer_counts(shapes, method.first_sparsity, method.distribution)

@@ -1,4 +1,4 @@
-"""Which connections a rewire may drop, and how many: the rules of `Method.drop`.
+"""Which connections a rewire may drop, and how many: `DROPS`, the rules of `Method.drop`.
 
 A rule is (net, method) -> may_drop, and may_drop(view, event, wanted) gives the eligible entries,
 bool (n,), and how many of them are to go, int32 (). The weakest of them go first.
@@ -15,11 +15,12 @@ import numpy as np
 
 from dst.connections.base import Connections, bits, lowest
 from dst.connections.masks import join
+from dst.methods.base import Method
 from dst.methods.memory import Own
 from dst.methods.plan import floors
 from dst.methods.schedules import cosine_drop_fraction
-from dst.methods.table import Method
 from dst.network import Network
+from dst.vocabulary import Names
 
 Array = jax.Array
 
@@ -34,6 +35,18 @@ class View(NamedTuple):
 
 
 MayDrop = Callable[[View, Array, Array], tuple[Array, Array]]
+
+
+class Drop(NamedTuple):
+    """A rule, and what it declares."""
+
+    rule: Callable[[Network, Method], MayDrop]
+    planned: bool = True  # as many go as were planned; else only the rule knows, and never an arena
+    floors: bool = False  # whether it keeps each layer's `floor`
+    asks: bool = True  # whether how many go follows from the drop fraction
+    memory: tuple[str, ...] = ()  # names of `MEMORIES`
+    # What the weakest have least of, >= 0: (n,) of a view. None: |w|.
+    strength: Callable[[View], Array] | None = None
 
 
 def by_magnitude(net: Network, method: Method) -> MayDrop:
@@ -100,13 +113,17 @@ def by_sign(net: Network, method: Method) -> MayDrop:
     return may_drop
 
 
-DROPS: dict[str, Callable[[Network, Method], MayDrop]] = {
-    "magnitude": by_magnitude,
-    "layer magnitude": by_layer,
-    "threshold": below_threshold,
-    "sign": by_sign,
-}
-
-
 def _counted(eligible: Array) -> tuple[Array, Array]:
     return eligible, eligible.sum(dtype=jnp.int32)
+
+
+DROPS = Names(
+    "drop rule",
+    Drop,
+    dict(
+        magnitude=Drop(by_magnitude, floors=True),
+        **{"layer magnitude": Drop(by_layer, planned=False)},
+        threshold=Drop(below_threshold, planned=False, memory=("threshold",)),
+        sign=Drop(by_sign, planned=False, asks=False, memory=("positive",)),
+    ),
+)

@@ -1,134 +1,107 @@
-"""Where candidates to grow come from, and how they are scored: S of Figure 1.
-
-A source is (net, method, planned, loss) -> sample, and sample(state, batch, f x g, event, salt) is
-a `Sample`: everything inactive, scored at once or a block at a time, or a subset of it, drawn from
-f x g or by chance. Scores are >= 0; the best grow.
-"""
+"""How connections grow: `GROWTHS`, the rows of `Method.score`, and what they declare."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from dst.connections.base import Candidates, no_candidates, row_salts, table
-from dst.connections.hashing import hashed
-from dst.connections.masks import join
-from dst.connections.select import best
-from dst.methods.arrivals import Pairs
+from dst.methods.base import Method
+from dst.methods.blockwise import streamed
+from dst.methods.candidates import (
+    Source,
+    by_chance,
+    by_chance_alone,
+    by_dense_gradient,
+    by_momentum,
+    everything,
+    nothing,
+)
+from dst.methods.drop import DROPS
+from dst.methods.heuristics import HEURISTICS
 from dst.methods.plan import Plan
-from dst.methods.sample import alike, fold_by_chance, sampling
-from dst.methods.table import Method
+from dst.methods.subset import on_subset
 from dst.network import Network
-from dst.state import SparseState
-from dst.update import AXIS, CHANCE_STREAM, REWIRE_STREAM, Loss, all_finite, run_loss, stream
-
-Array = jax.Array
+from dst.update import Loss
+from dst.vocabulary import Names
 
 
-class Sample(NamedTuple):
-    """S, or the best of it, with its scores."""
+class Growth(NamedTuple):
+    """Where candidates come from and how they are scored, and what that takes."""
 
-    found: Candidates
-    asked: Array  # int32 (), |S| that was asked for
-    realised: Array  # int32 (), |S|
-    finite: Array  # bool (), whether all scores and marginals were
-
-
-Source = Callable[..., Sample]  # (state, batch, f x g, event, salt)
-
-
-def room(net: Network, method: Method, planned: Plan) -> int:
-    """The most connections that can ever grow at once, at least 1.
-
-    What a rule drops that asks no plan, a threshold or signs, is only known when it happens.
-    """
-    return max(1, int(planned.grown.max()) if method.drop == "magnitude" else net.possible)
-
-
-def nothing(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
-    """No candidate: pruning only drops."""
-
-    def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
-        zero = jnp.int32(0)
-        return Sample(no_candidates(1), zero, zero, jnp.bool_(True))
-
-    return sample
-
-
-# ---------------------------------------------------------------------- everything that is inactive
-def everything(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
-    """Every inactive connection, scored at once."""
-    score = SCORES[method.score](net, loss)
-
-    def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
-        scores = score(state, batch)
-        found = state.masks.every(scores)
-        inactive = net.possible - state.masks.total
-        return Sample(found, inactive, inactive, all_finite(scores))
-
-    return sample
-
-
-def by_chance(net: Network, loss: Loss) -> Callable[[SparseState, Any], Array]:
-    """DSR, DeepR: a random order of all candidates."""
-
-    def score(state: SparseState, batch: Any) -> Array:
-        salt = row_salts(state.masks.parts, stream(state, CHANCE_STREAM))
-        return as_chance(state.masks.hashes(salt))
-
-    return score
-
-
-def as_chance(hashes: Array) -> Array:
-    """Numbers in (0, 1], in the order of the hashes: uint32 (n,) -> float32 (n,)."""
-    return ((hashes >> 8) + 1).astype(jnp.float32) * np.float32(2.0**-24)
-
-
-def by_momentum(net: Network, loss: Loss) -> Callable[[SparseState, Any], Array]:
-    """SNFS: |momentum| of every possible connection, which the update step keeps."""
-    return lambda state, batch: jnp.abs(join(state.method["momentum"]))
-
-
-def by_dense_gradient(net: Network, loss: Loss) -> Callable[[SparseState, Any], Array]:
-    """RigL: |dL/dw| of every possible connection, a gradient of the size of the dense model."""
-
-    def score(state: SparseState, batch: Any) -> Array:
-        value = lambda params: run_loss(net, loss, params, state, batch)[0]  # noqa: E731
-        G = lax.pmean(state.masks.kernels(jax.grad(value)(state.params)), AXIS)
-        return jnp.abs(join(G))
-
-    return score
-
-
-SCORES = {"chance": by_chance, "momentum": by_momentum, "dense gradient": by_dense_gradient}
+    source: Callable[[Network, Method, Plan, Loss], Source]
+    draws: bool = False  # a subset S from the f x g of a heuristic
+    gradient: str = ""  # that a rewire takes: of "all" possible connections, or of the "subset"
+    every_step: bool = False  # takes the gradient of all possible connections in every step
+    memory: tuple[str, ...] = ()  # names of `MEMORIES`
+    # Why sparse execution cannot run this method, and what beside masked execution helps; or None.
+    obstacle: Callable[[Method], tuple[str, str] | None] = lambda method: None
+    # Words of 4 bytes a possible connection at a rewire, of (method, net, plan, density).
+    words: Callable[[Method, Network, Plan, float], float] = lambda *_: 0.0
 
 
 # -------------------------------------------------------------------------------------- by chance
-def by_chance_alone(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
-    """SET's S: |P| inactive connections of the network, every set of them equally likely."""
-    how, most = sampling(net, method, planned), room(net, method, planned)
+def chance(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
+    """As many as are to grow (SET); all, where a rule says how many or layers share."""
+    if DROPS[method.drop].planned and not method.share:
+        return by_chance_alone(net, method, planned, loss)
+    return everything(by_chance, net)
 
-    def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
-        A, P = state.masks, jnp.asarray(planned.grown)[event]
-        first, block, n_out = (table(A.parts, field) for field in ("first", "block", "n_out"))
-        chances = row_salts(A.parts, stream(state, CHANCE_STREAM))
 
-        def visit(found: Candidates, pairs: Pairs, chosen: Array) -> Candidates:
-            l, column = pairs.l, pairs.column
-            row = first[l] + column // block[l] * n_out[l] + pairs.output
-            score = as_chance(hashed(chances[row], column)).astype(found.score.dtype)
-            return best(found, Candidates(row, column, jnp.where(chosen, score, -1)), P, salt)
+def _moved(method: Method, net: Network, planned: Plan, density: float) -> float:
+    return planned.grown.max() / net.possible
 
-        empty = no_candidates(most, A.weights(state.params).dtype)
-        groups, key = alike(A.parts), stream(state, REWIRE_STREAM)
-        found, count = fold_by_chance(
-            how.chunk, most, groups, A.parts, key, P, A.total, A.find, visit, empty
-        )
-        return Sample(found, P, count, jnp.bool_(True))
 
-    return sample
+# ---------------------------------------------------------------------------- by the dense gradient
+def dense_gradient(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
+    """RigL: the gradient of every possible connection, whole or a block at a time."""
+    if method.growth_memory == "streamed":
+        return streamed(net, method, planned, loss)
+    return everything(by_dense_gradient(net, loss), net)
+
+
+def _at_once(method: Method) -> tuple[str, str] | None:
+    if method.growth_memory == "streamed":
+        return None
+    what = "it takes the gradient of every possible connection at once"
+    return what, "growth_memory='streamed' or "
+
+
+def _gradient(method: Method, net: Network, planned: Plan, density: float) -> float:
+    """Of a streamed one its best |P| are held, and a block."""
+    return 2 * _moved(method, net, planned, density) if method.growth_memory == "streamed" else 1.0
+
+
+# ---------------------------------------------------------------------------- by the gradient on S
+def subset_sizes(method: Method, planned: Plan) -> np.ndarray:
+    """|S_t| of every planned event, over all layers: int64 (E,)."""
+    if method.subset_of == "active":  # of which the plan has but a bound for each layer
+        return np.ceil(method.subset_ratio * planned.active).astype(np.int64)
+    return planned.subset.sum(1, dtype=np.int64)
+
+
+def _subset(method: Method, net: Network, planned: Plan, density: float) -> float:
+    """S is held, index and gradient, as in the paper's count and in masked execution."""
+    S = subset_sizes(method, planned).max() / net.possible
+    return 2 * S + HEURISTICS[method.heuristic].words(net, density)
+
+
+GROWTHS = Names(
+    "growth",
+    Growth,
+    {
+        "": Growth(nothing),
+        "chance": Growth(chance, words=_moved),
+        "gradient": Growth(on_subset, draws=True, gradient="subset", words=_subset),
+        "dense gradient": Growth(
+            dense_gradient, gradient="all", obstacle=_at_once, words=_gradient
+        ),
+        "momentum": Growth(
+            lambda net, method, planned, loss: everything(by_momentum, net),
+            every_step=True,
+            memory=("momentum", "decay"),
+            words=lambda *_: 1.0,  # the dense gradient of every step, beside the momentum
+        ),
+    },
+)

@@ -25,6 +25,7 @@ from dst.network import Network, input_of, layer_path
 from dst.observe import marginals, observe_and_sum
 from dst.state import SparseState
 from dst.update import AXIS, Loss, run_loss, stream
+from dst.vocabulary import Names
 
 Array = jax.Array
 Layers = Mapping[str, Layer]
@@ -48,6 +49,8 @@ class Heuristic(NamedTuple):
     sums: bool = False  # needs the sums of |h| and |delta|, or h and delta themselves
     holds: bool = False  # needs h and delta of all layers
     on_host: Callable[[Network], Callable[[SparseState], Marginals]] | None = None
+    words: Callable[[Network, float], float] = lambda net, density: 0.0  # a possible connection
+    examples: str = "batch"  # of which a pass is taken: "none", "one" or "batch"
 
 
 def look(held: Layers, summed: Layers, value: Callable, state: SparseState) -> Seen:
@@ -92,7 +95,7 @@ def synflow(net: Network) -> Callable[[SparseState], Marginals]:
     """Eq. 3: f the synaptic flow into a layer's inputs, g out of its outputs, in float64.
 
     Runs on the host side of the rewire: R of ResNet-56 is near 1e70, beyond float32, and x64 cannot
-    be switched on inside a float32 program. Errors: a network whose flow is not finite or not
+    be switched on inside a float32 program. Raises: a network whose flow is not finite or not
     positively homogeneous in its weights.
     """
     subject, instead = "heuristic is 'synflow'", "use 'grabo' or 'uniform'"
@@ -132,12 +135,30 @@ def check_flow(R: Array, R_of_double: Array, subject: str, instead: str) -> None
 # is below NOTHING counts as 0.
 TRACE, NOTHING = 1e-300, 1e-150
 
-HEURISTICS = {
-    "uniform": Heuristic(uniform),
-    "grabo": Heuristic(grabo, sums=True),
-    "synflow": Heuristic(None, on_host=synflow),
-    "graest": Heuristic(graest, holds=True),
-}
+
+def _units(net: Network, density: float) -> float:
+    units = sum(layer.n_in + layer.n_out for layer in net.layers.values())
+    return units / net.possible
+
+
+def _columns(net: Network, density: float) -> float:
+    """GraEst has an f for each column (kx, ky, i) of a convolution."""
+    return sum(layer.columns + layer.n_out for layer in net.layers.values()) / net.possible
+
+
+HEURISTICS = Names(
+    "heuristic",
+    Heuristic,
+    dict(
+        uniform=Heuristic(uniform, examples="none"),
+        grabo=Heuristic(grabo, sums=True, words=_units),
+        # A float64 copy of the connections and its gradient.
+        synflow=Heuristic(
+            None, on_host=synflow, words=lambda net, density: 4 * density, examples="one"
+        ),
+        graest=Heuristic(graest, holds=True, words=_columns),
+    ),
+)
 
 
 def marginals_of(

@@ -13,12 +13,15 @@ import jax
 import numpy as np
 import optax
 
+from dst.connections.execution import EXECUTIONS
 from dst.connections.masks import kernels_of
 from dst.errors import ConfigError
-from dst.methods.before import start_with, strongest
-from dst.methods.table import Method
+from dst.methods.base import Method
+from dst.methods.before import strongest
+from dst.methods.distributions import count_of
 from dst.network import Network
-from dst.state import SparseState, count_of, init_state
+from dst.start import init_state, start_with
+from dst.state import SparseState
 
 LEVELS = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98)  # section 4.1
 
@@ -31,11 +34,12 @@ def levels(sparsity: float, among: Sequence[float] = LEVELS) -> tuple[float, ...
 def winning(net: Network, state: SparseState, sparsity: float) -> dict[str, np.ndarray]:
     """Masks of the largest |w| among the trained, K of them: global, by stable rank.
 
-    Errors: sparse execution, fewer connections than K or K = 0, weights that are not finite.
+    Raises: sparse execution, fewer connections than K or K = 0, weights that are not finite.
     """
-    if net.execution == "sparse":
+    if not EXECUTIONS[net.execution].every:
         raise ConfigError(
-            "execution is 'sparse', but 'lottery' begins with all connections; it must be 'masked'."
+            f"execution is {net.execution!r}, but 'lottery' begins with all connections; it must "
+            "be 'masked'."
         )
     K = count_of(net, sparsity)
     active = sum(np.count_nonzero(mask) for mask in state.masks.values())

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dst.methods.distributions import active_count
+from dst.methods.base import Method
+from dst.methods.distributions import active_count, first_counts
 from dst.methods.schedules import (
     cosine_drop_fraction,
     cubic_sparsity,
@@ -16,9 +17,7 @@ from dst.methods.schedules import (
     largest_remainder,
     portion,
 )
-from dst.methods.table import Method
 from dst.network import Network
-from dst.state import first_counts
 
 
 class Plan(NamedTuple):

@@ -20,8 +20,8 @@ from jax import lax
 from dst.connections.base import Part
 from dst.methods import arrivals
 from dst.methods.arrivals import LAST, Exists, Pairs
+from dst.methods.base import Method
 from dst.methods.plan import Plan
-from dst.methods.table import Method
 from dst.methods.units import cumulative_shares, draw_pairs
 from dst.network import Network
 
@@ -56,7 +56,7 @@ def sampling(net: Network, method: Method, planned: Plan) -> Sampling:
     return Sampling(chunk, method.rounds, sizes, exhaustible)
 
 
-def alike(parts: Sequence[Part]) -> list[list[int]]:
+def group_by_shape(parts: Sequence[Part]) -> list[list[int]]:
     """Layers of one shape, which share one compiled program: ResNet-56 has 7 of them, not 57."""
     groups: dict[Any, list[int]] = {}
     for l, part in enumerate(parts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import lax
 from dst.connections.base import Candidates, bits, lowest
 from dst.connections.masks import Masks
 from dst.methods.memory import Own
+from dst.vocabulary import Names
 
 Array = jax.Array
 
@@ -67,10 +69,21 @@ def by_survivors(A: Masks, survivors: Array, memory: Own) -> Array:
     return A.count_by_layer(survivors).astype(jnp.float32)
 
 
-SHARES: dict[str, Callable[[Masks, Array, Own], Array]] = {
-    "momentum": by_momentum,
-    "survivors": by_survivors,
-}
+class Share(NamedTuple):
+    """By what growth is shared out: (A, survivors (n,), memory) -> float32 (L,), >= 0."""
+
+    weights: Callable[[Masks, Array, Own], Array]
+    memory: tuple[str, ...] = ()  # names of `MEMORIES` that the growth must keep
+
+
+SHARES = Names(
+    "share",
+    Share,
+    dict(
+        momentum=Share(by_momentum, memory=("momentum",)),
+        survivors=Share(by_survivors),
+    ),
+)
 
 
 def shared_out(A: Masks, found: Candidates, k: Array, weights: Array) -> Candidates:

@@ -21,11 +21,11 @@ from dst.connections.base import Candidates, Connections, Part, no_candidates, t
 from dst.connections.select import best
 from dst.layers.base import Layer
 from dst.methods.arrivals import Pairs
-from dst.methods.grow import Sample, Source, room
+from dst.methods.base import Method
+from dst.methods.candidates import Sample, Source, most_at, room
 from dst.methods.heuristics import HEURISTICS, look
 from dst.methods.plan import Plan, asked, plan
-from dst.methods.sample import Sampling, alike, fold_subset, hold_subset, sampling
-from dst.methods.table import Method
+from dst.methods.sample import Sampling, fold_subset, group_by_shape, hold_subset, sampling
 from dst.network import Network
 from dst.observe import gradient_on
 from dst.state import SparseState
@@ -37,8 +37,22 @@ Marginals = Mapping[str, tuple[Array, Array]]
 Held = dict[str, tuple[Array, Array]]  # of each layer S_l, flat positions, and its size
 
 
-def on_subset(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
-    """S: |S_l| distinct inactive connections of each layer, of which the best |P| are found."""
+def magnitude(layer: Layer, G: Array) -> Array:
+    """|dL/dw|, the paper's score of a candidate."""
+    return jnp.abs(G)
+
+
+def on_subset(
+    net: Network,
+    method: Method,
+    planned: Plan,
+    loss: Loss,
+    score: Callable[[Layer, Array], Array] = magnitude,
+) -> Source:
+    """S: |S_l| distinct inactive connections of each layer, of which the best |P| are found.
+
+    `score(layer, G)` of their gradients: float (n,) -> (n,), >= 0.
+    """
     how, most = sampling(net, method, planned), room(net, method, planned)
 
     def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
@@ -49,13 +63,13 @@ def on_subset(net: Network, method: Method, planned: Plan, loss: Loss) -> Source
             return lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]
 
         seen, fg = observed(net, method, state, later, value(batch), fg)
-        P = jnp.asarray(planned.grown)[event] if method.drop == "magnitude" else jnp.int32(most)
+        P = most_at(net, method, planned, event)
         wanted = asked(method, jnp.asarray(planned.subset)[event], A.counts())
         found = no_candidates(min(most, sum(how.sizes)), A.weights(state.params).dtype)
-        search = Search(state, how, seen, fg, wanted, jnp.minimum(P, found.row.size), salt)
+        search = Search(score, state, how, seen, fg, wanted, jnp.minimum(P, found.row.size), salt)
         tally = Sample(found, wanted.sum(), jnp.int32(0), all_finite(fg))
         S: Held = {}
-        for group in alike(A.parts):
+        for group in group_by_shape(A.parts):
             if A.parts[group[0]].layer.path in later:
                 S |= hold(how, A, search.key, group, fg, wanted)
             else:
@@ -79,7 +93,7 @@ def drawing(net: Network, method: Method) -> Callable:
     def draw(key: Array, A: Connections, fg: Marginals, event: Array) -> Held:
         wanted = asked(method, jnp.asarray(planned.subset)[event], A.counts())
         S: Held = {}
-        for group in alike(A.parts):
+        for group in group_by_shape(A.parts):
             S |= hold(how, A, key, group, fg, wanted)
         return {path: S[path] for path in net.layers}
 
@@ -150,6 +164,7 @@ class Search:
 
     def __init__(
         self,
+        score: Callable[[Layer, Array], Array],
         state: SparseState,
         how: Sampling,
         units: Mapping[str, tuple[Array, Array]],
@@ -160,14 +175,15 @@ class Search:
     ):
         self.A, self.key = state.masks, stream(state, REWIRE_STREAM)
         self.how, self.units, self.fg, self.wanted = how, units, fg, wanted
-        self.P, self.salt = P, salt
+        self.P, self.salt, self.score_of = P, salt, score
 
     def score(self, group: list[int]) -> Callable[[Array, Sample], Sample]:
         """(m, tally) -> tally: S_l of the m-th layer scored, the best of it among those so far."""
         part, paths, index, f, g = of_group(self.A, self.fg, group)
         firsts = table([self.A.parts[l] for l in group], "first")
         scores = [
-            scorer(self.A.parts[l], self.units[path]) for l, path in zip(group, paths, strict=True)
+            scorer(self.score_of, self.A.parts[l], self.units[path])
+            for l, path in zip(group, paths, strict=True)
         ]
 
         def member(m: Array, tally: Sample) -> Sample:
@@ -204,7 +220,8 @@ class Search:
                 counts = jnp.arange(position.size) < count
                 rows.append(part.row(column, output) + part.first)
                 columns.append(column)
-                scores.append(jnp.where(counts, jnp.abs(G[part.layer.path]), -1))
+                score = self.score_of(part.layer, G[part.layer.path])
+                scores.append(jnp.where(counts, score, -1))
         listed = (jnp.concatenate(a) for a in (rows, columns, scores))
         found, finite = self._ranked(tally.found, tally.finite, *listed)
         return tally._replace(found=found, finite=finite)
@@ -217,8 +234,10 @@ class Search:
         return best(found, new, self.P, self.salt), finite & jnp.isfinite(score).all()
 
 
-def scorer(part: Part, units: tuple[Array, Array]) -> Callable[[Array, Array], Array]:
-    """|dL/dw| of candidates (column, output), from h and delta."""
+def scorer(
+    score_of: Callable[[Layer, Array], Array], part: Part, units: tuple[Array, Array]
+) -> Callable[[Array, Array], Array]:
+    """The score of candidates (column, output), from h and delta."""
     h, delta = units
 
     def score(column: Array, output: Array) -> Array:
@@ -226,6 +245,6 @@ def scorer(part: Part, units: tuple[Array, Array]) -> Callable[[Array, Array], A
             G = kernels.gradient_on(column, output, h, delta)
         else:
             G = part.layer.gradient_at(h, delta, column, output)
-        return jnp.abs(lax.pmean(G, AXIS))
+        return score_of(part.layer, lax.pmean(G, AXIS))
 
     return score

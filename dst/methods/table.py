@@ -1,4 +1,4 @@
-"""The rows of Table 1, and the related methods: a method is a value.
+"""The rows of Table 1, and the related methods: a method is a value made of functions.
 
 | row       | starts with    | drops                    | grows                     | memory      |
 | --------- | -------------- | ------------------------ | ------------------------- | ----------- |
@@ -20,172 +20,174 @@
 | granet    | G(n, M) at 0.5 | weakest, cubic ramp      | largest gradient          | dense       |
 | itop      | G(n, M), ERK   | weakest, its schedule    | largest gradient          | dense       |
 
-`rewire.py` has the one step in which those that drop or grow differ, `scores.py` what prunes before
-training, `lottery.py` the rounds.
+`rewire.py` has the one step in which those that drop or grow differ, `before.py` what prunes before
+training, `lottery.py` the rounds. What drops and what grows are rows of `DROPS` and `GROWTHS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from dst.config import check_field, default, field_rule
-from dst.data.table import DATASETS
-from dst.errors import ConfigError, Rule, check_value, choice
-from dst.methods.combinations import check, check_execution, unread
-from dst.models.table import never_reads
+from dst.errors import (
+    YES_OR_NO,
+    ConfigError,
+    Rule,
+    check_value,
+    choice,
+    integer,
+    listed,
+    number,
+    one_of,
+)
+from dst.methods.base import Method
+from dst.methods.before import BEFORE
+from dst.methods.combinations import check, unread
+from dst.methods.distributions import DISTRIBUTIONS
+from dst.methods.drop import DROPS
+from dst.methods.grow import GROWTHS
+from dst.methods.heuristics import HEURISTICS
+from dst.methods.share import SHARES
+from dst.vocabulary import Names
 
 
-class Method(NamedTuple):
-    """How a network is made sparse and how its connections move."""
+class Row(NamedTuple):
+    """A method as it is listed: what it has of its own among the fields of `Method`."""
 
-    name: str
-    sparsity: float  # s, of all possible connections
-    initial: float | None = None  # sparsity at the first step; None: s from the first step on
-    distribution: str = "uniform"  # of the sparsity over the layers at the start
-    gain: float = 2.0  # variance of a new network's weights x fan-in; 2 is He's
-    before: str = ""  # score of `scores.py` that prunes once, before the first step
-    temperature: float = 200.0  # T of GraSP's logits / T
-    iterations: int = 100  # n of SynFlow's d_k = (1 - s)^(k/n)
-    drop: str = ""  # "magnitude", "layer magnitude", "threshold" or "sign"; "": nothing moves
-    score: str = ""  # "chance", "gradient", "dense gradient" or "momentum"; "": nothing grows
-    share: str = ""  # growth over layers: by rank of all; "momentum" or "survivors" of each layer
-    heuristic: str = ""  # f x g that S is drawn from; "": every inactive connection
-    growth_memory: str = "dense"  # of the dense gradient; "streamed": one block of it at a time
-    drop_fraction: float = 0.2  # |P| / |A| at step 0; a cosine takes it to `last_fraction` at `end`
-    last_fraction: float = 0.0
-    floor: float = 0.0  # share of its first connections that a layer always keeps; 0: the paper's
-    every: int = 1000  # steps between two rewires
-    end: int = 46_800  # the first step that is not rewired any more, or a ramp's last one
-    subset_ratio: float = 10.0  # c = |S| / |P|, or |S_l| / |A_l|
-    subset_of: str = "dropped"  # |S| = c |P|, split by layer size; "active": |S_l| = c |A_l|
-    rounds: int = 8  # of drawing, to replace duplicates and active connections
-    explored: bool = False  # remember which connections ever existed, and report their share
-    momentum: float = (
-        0.9  # mu of the momentum v <- mu v + g that is a score (SNFS): the optimizer's
-    )
+    label: str  # in tables and figures
+    source: str = ""
+    fields: dict[str, Any] = {}  # noqa: RUF012
+    to_the_end: bool = False  # explores to the last epoch, where the run does not say otherwise
 
-    @property
-    def moves(self) -> bool:
-        """Whether connections ever change during training."""
-        return bool(self.drop)
 
-    @property
-    def first_sparsity(self) -> float:
-        """The sparsity of the network that `init_state` makes."""
-        return self.sparsity if self.initial is None else self.initial
-
-    @property
-    def ramps(self) -> bool:
-        """Whether the sparsity grows during training, with a last rewire at `end` itself."""
-        return self.moves and self.first_sparsity != self.sparsity
-
-    @property
-    def waits(self) -> bool:
-        """Whether what `init_state` makes must be pruned, or be a ticket's, before it may train."""
-        return not self.moves and self.first_sparsity != self.sparsity
+def _check_row(who: str, row: Row) -> None:
+    if unknown := row.fields.keys() - Method._fields:
+        raise ConfigError(
+            f"{who} has no field {min(unknown)!r}; a method has {', '.join(Method._fields)}."
+        )
 
 
 _RIGL = {"drop": "magnitude", "score": "dense gradient"}
 _GSE = {"drop": "magnitude", "score": "gradient", "heuristic": "grabo"}
 
-ROWS: dict[str, dict] = {
-    "dense": {},
-    "lottery": {"initial": 0.0},
-    "pruning": {"initial": 0.0, "drop": "magnitude"},
-    "snip": {"initial": 0.0, "before": "snip"},
-    "grasp": {"initial": 0.0, "before": "grasp"},
-    "grasp_abs": {"initial": 0.0, "before": "grasp_abs", "temperature": 1.0},
-    "synflow": {"initial": 0.0, "before": "synflow"},
-    "random": {},
-    "set": {"drop": "magnitude", "score": "chance"},
-    "rigl": _RIGL,
-    "gse": _GSE,
-    "gse_v2": _GSE
-    | {
-        "distribution": "er_unfolded",
-        "heuristic": "uniform",
-        "subset_of": "active",
-        "subset_ratio": 1.0,
-        "rounds": 1,
-    },
-    "snfs": {
-        "drop": "layer magnitude",
-        "score": "momentum",
-        "share": "momentum",
-        "drop_fraction": 0.5,
-    },
-    "dsr": {"drop": "threshold", "score": "chance", "share": "survivors"},
-    "deepr": {"drop": "sign", "score": "chance"},
-    "granet": _RIGL | {"initial": 0.5, "distribution": "erk", "drop_fraction": 0.5},
-    "itop": _RIGL
-    | {
-        "distribution": "erk",
-        "drop_fraction": 0.5,
-        "last_fraction": 0.005,
-        "every": 4000,
-        "explored": True,
-    },
-}
+METHODS = Names(
+    "method",
+    Row,
+    dict(
+        dense=Row("Dense"),
+        lottery=Row("Lottery", "Frankle & Carbin, 2019", {"initial": 0.0}),
+        pruning=Row("Pruning", "Zhu & Gupta, 2017", {"initial": 0.0, "drop": "magnitude"}),
+        snip=Row("SNIP", "Lee et al., 2019", {"initial": 0.0, "before": "snip"}),
+        grasp=Row("GraSP", "Wang et al., 2020", {"initial": 0.0, "before": "grasp"}),
+        grasp_abs=Row(
+            "|GraSP|",
+            "Lubana & Dick, 2021",
+            {"initial": 0.0, "before": "grasp_abs", "temperature": 1.0},
+        ),
+        synflow=Row("SynFlow", "Tanaka et al., 2020", {"initial": 0.0, "before": "synflow"}),
+        random=Row("Random"),
+        set=Row("SET", "Mocanu et al., 2018", {"drop": "magnitude", "score": "chance"}),
+        rigl=Row("RigL", "Evci et al., 2020", _RIGL),
+        gse=Row("Ours (GSE)", "the paper", _GSE),
+        gse_v2=Row(
+            "GSE v2",
+            "Heddes et al., 2024",
+            _GSE
+            | {
+                "distribution": "er_unfolded",
+                "heuristic": "uniform",
+                "subset_of": "active",
+                "subset_ratio": 1.0,
+                "rounds": 1,
+            },
+        ),
+        snfs=Row(
+            "SNFS",
+            "Dettmers & Zettlemoyer, 2019",
+            {
+                "drop": "layer magnitude",
+                "score": "momentum",
+                "share": "momentum",
+                "drop_fraction": 0.5,
+            },
+        ),
+        dsr=Row(
+            "DSR",
+            "Mostafa & Wang, 2019",
+            {"drop": "threshold", "score": "chance", "share": "survivors"},
+        ),
+        deepr=Row("DeepR", "Bellec et al., 2018", {"drop": "sign", "score": "chance"}),
+        granet=Row(
+            "GraNet",
+            "Liu et al., 2021",
+            _RIGL | {"initial": 0.5, "distribution": "erk", "drop_fraction": 0.5},
+        ),
+        itop=Row(
+            "RigL-ITOP",
+            "Liu et al., 2021",
+            _RIGL
+            | {
+                "distribution": "erk",
+                "drop_fraction": 0.5,
+                "last_fraction": 0.005,
+                "every": 4000,
+                "explored": True,
+            },
+            to_the_end=True,
+        ),
+    ),
+    _check_row,
+)
 
-# What `options` may be: the rule of a config field, or one of their own.
-RULES: dict[str, Rule | str] = {
-    "initial": "initial_sparsity",
-    "distribution": "distribution",
-    "gain": "init_gain",
-    "before": choice("", "snip", "grasp", "grasp_abs", "synflow"),
-    "temperature": "grasp_temperature",
-    "iterations": "rewire_every",
-    "drop": choice("", "magnitude", "layer magnitude", "threshold", "sign"),
-    "score": choice("", "chance", "gradient", "dense gradient", "momentum"),
-    "share": choice("", "momentum", "survivors"),
-    "heuristic": choice("", "uniform", "grabo", "synflow", "graest"),
-    "growth_memory": "growth_memory",
-    "drop_fraction": "drop_fraction",
-    "last_fraction": "drop_fraction",
-    "floor": "layer_floor",
-    "every": "rewire_every",
-    "end": "rewire_every",
-    "subset_ratio": "subset_ratio",
+
+def _or_nothing(names: Names) -> Rule:
+    """One of these, or ''."""
+    known = one_of(names)[0]
+    return lambda v: v == "" or known(v), lambda: listed(["", *(n for n in names if n)])
+
+
+SPARSITY = number(lambda v: 0 <= v < 1, "in [0, 1)")
+FRACTION = number(lambda v: 0 <= v <= 1, "in [0, 1]")
+# What the fields of a method may be.
+RULES: dict[str, Rule] = {
+    "initial": SPARSITY,
+    "distribution": one_of(DISTRIBUTIONS),
+    "gain": number(lambda v: v > 0, "> 0"),
+    "before": _or_nothing(BEFORE),
+    "temperature": number(lambda v: v > 0, "> 0"),
+    "iterations": integer(1),
+    "drop": _or_nothing(DROPS),
+    "score": one_of(GROWTHS),
+    "share": _or_nothing(SHARES),
+    "heuristic": _or_nothing(HEURISTICS),
+    "growth_memory": choice("dense", "streamed"),
+    "drop_fraction": FRACTION,
+    "last_fraction": FRACTION,
+    "floor": number(lambda v: 0 <= v < 1, "in [0, 1)"),
+    "every": integer(1),
+    "end": integer(1),
+    "subset_ratio": number(lambda v: v >= 1, ">= 1"),
     "subset_of": choice("dropped", "active"),
-    "rounds": "sampling_rounds",
-    "explored": "track_explored",
-    "momentum": "momentum",
+    "rounds": integer(1),
+    "explored": YES_OR_NO,
+    "momentum": number(lambda v: 0 <= v < 1, "in [0, 1)"),
 }
 
-# Config fields that a method may have its own value of: the field of `Method`.
-OWN = {
-    "initial_sparsity": "initial",
-    "distribution": "distribution",
-    "grasp_temperature": "temperature",
-    "heuristic": "heuristic",
-    "drop_fraction": "drop_fraction",
-    "rewire_every": "every",
-    "subset_ratio": "subset_ratio",
-    "sampling_rounds": "rounds",
-}
-# All config fields that a method reads, beside the schedule, which is the run's.
-FIELDS = {
-    **{field: name for field, name in OWN.items() if name != "every"},
-    "init_gain": "gain",
-    "growth_memory": "growth_memory",
-    "layer_floor": "floor",
-    "track_explored": "explored",
-}
-END_EPOCH = 120.0  # the paper's second learning rate drop; ITOP explores to the last epoch
+
+def row_of(name: str, sparsity: float = 0.0) -> Method:
+    """The method of this name, whatever else it may be given."""
+    return Method(name, 0.0 if name == "dense" else sparsity)._replace(**METHODS[name].fields)
 
 
 def method(name: str, sparsity: float = 0.98, **options) -> Method:
     """A row of Table 1 by name; `options` are fields of `Method`.
 
-    `every` and `end` are a run's schedule, which any method takes. Errors: an unknown name, field
+    `every` and `end` are a run's schedule, which any method takes. Raises: an unknown name, field
     or heuristic, a value out of range, fields that do not go together or that it never reads.
     """
-    check_field("method", name)
-    check_field("sparsity", sparsity)
+    check_value("method", name, one_of(METHODS))
+    check_value("sparsity", sparsity, SPARSITY)
     unknown = options.keys() - Method._fields
     if unknown:
         raise ConfigError(
@@ -193,13 +195,12 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
         )
     # A step count is often NumPy's; a method holds plain numbers.
     options = {f: v.item() if isinstance(v, np.generic) else v for f, v in options.items()}
-    for field, value in options.items():
+    row = row_of(name, sparsity)
+    for field, value in {**METHODS[name].fields, **options}.items():
         if value is not None or field != "initial":
-            rule = RULES[field]
-            check_value(field, value, field_rule(rule) if isinstance(rule, str) else rule)
-    row = Method(name, 0.0 if name == "dense" else sparsity)._replace(**ROWS[name])
+            check_value(field, value, RULES[field])
     made = row._replace(**options)
-    if made.initial != row.initial and made.drop != "magnitude":
+    if made.initial != row.initial and not (made.drop and DROPS[made.drop].planned):
         raise ConfigError(f"initial must be {row.initial} for method {name!r}, not {made.initial}.")
     check(made)
     for field in sorted(unread(made) & options.keys()):
@@ -209,113 +210,3 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
                 f"it, not {options[field]!r}."
             )
     return made
-
-
-def resolve(config: ConfigDict) -> ConfigDict:
-    """A locked copy in which what follows from other fields is filled in.
-
-    A field that is None has the method's own value, its source's; `method='dense'` trains every
-    connection, so its sparsity is 0, whatever the file that it overrides says.
-    """
-    resolved = config.copy_and_resolve_references()
-    own = Method(config.method, config.sparsity)._replace(**ROWS[config.method])
-    for field, name in OWN.items():
-        if resolved[field] is None:
-            resolved[field] = getattr(own, name)
-    if resolved.rewire_end_epoch is None:
-        resolved.rewire_end_epoch = float(config.epochs) if config.method == "itop" else END_EPOCH
-    if resolved.method == "dense":
-        resolved.sparsity = 0.0
-    return resolved.lock()
-
-
-def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
-    """The row of Table 1 that a resolved config names, its epochs turned into steps.
-
-    What the method never reads keeps the row's value.
-    """
-    ignored = unread_fields(config)
-    options = {name: config[field] for field, name in FIELDS.items() if field not in ignored}
-    if config.method == "itop":
-        options["explored"] = True
-    if ROWS[config.method].get("score") == "momentum":
-        options["momentum"] = config.momentum
-    options |= {"every": config.rewire_every, "end": end_of(config, steps_per_epoch)}
-    return method(config.method, config.sparsity, **options)
-
-
-def end_of(config: ConfigDict, steps_per_epoch: int) -> int:
-    """The step at which a resolved config's rewires end. Errors: none before it."""
-    end = round(config.rewire_end_epoch * steps_per_epoch)
-    if end < 1:
-        raise ConfigError(
-            f"rewire_end_epoch must be at least one step of an epoch's {steps_per_epoch}, "
-            f"not {config.rewire_end_epoch}."
-        )
-    return end
-
-
-def never_read(config: Mapping[str, Any]) -> set[str]:
-    """Fields that a run of this resolved config's model and method never reads."""
-    fields = never_reads(config["model"])
-    if "drop" not in ROWS[config["method"]]:
-        fields |= {"rewire_every", "rewire_end_epoch"}
-    if config["method"] == "dense":
-        fields.add("sparsity")
-    return fields | unread_fields(config)
-
-
-def unread_fields(config: Mapping[str, Any]) -> set[str]:
-    """Fields of a resolved config that its method never reads, the schedule aside."""
-    name = config["method"]
-    row = Method(name, 0.0)._replace(**ROWS[name])
-    ignored = unread(row._replace(initial=config.get("initial_sparsity", row.initial)))
-    fields = {field for field, name in FIELDS.items() if name in ignored}
-    if row.before not in ("snip", "grasp", "grasp_abs"):
-        fields.add("score_batches")
-    if row.name != "lottery":
-        fields.add("lottery_levels")
-    return fields
-
-
-def told_unread(config: ConfigDict) -> str | None:
-    """A sentence on what a resolved config sets and its method never reads; None if nothing.
-
-    Said once and not refused: a sweep gives the same flags to many methods.
-    """
-    usual = default()
-    usual.method = config.method
-    usual = resolve(usual)
-    fields = [field for field in sorted(unread_fields(config)) if config[field] != usual[field]]
-    subject = f"Method {config.method!r}"
-    if config.execution == "masked" and not config.fuse:
-        fields, subject = [*fields, "fuse"], f"{subject} in masked execution"
-    if not fields:
-        return None
-    listed = ", ".join(f"{field}={config[field]!r}" for field in fields)
-    return f"{subject} does not read {listed}, which changes nothing."
-
-
-def check_config(config: ConfigDict) -> None:
-    """What `config.validate` cannot see field by field. Errors: as `method` and `check_execution`,
-    a ramp that the run ends before, Lottery's levels that do not begin with every connection."""
-    images = DATASETS[config.dataset].train_images - config.validation_size
-    config, per_epoch = resolve(config), images // config.batch_size
-    if (config.initial_sparsity or 0.0) > config.sparsity:
-        raise ConfigError(
-            f"initial_sparsity must be at most {config.sparsity}, the sparsity to reach, "
-            f"not {config.initial_sparsity}."
-        )
-    made = method_of(config, per_epoch)
-    check_execution(made, config.execution)
-    if made.ramps and made.end >= config.epochs * per_epoch:
-        raise ConfigError(
-            f"rewire_end_epoch must be below epochs, {config.epochs}, for method {made.name!r} "
-            f"from sparsity {made.first_sparsity}, which reaches {made.sparsity} then, "
-            f"not {config.rewire_end_epoch}."
-        )
-    if made.name == "lottery" and made.sparsity and config.lottery_levels[:1] != (0.0,):
-        raise ConfigError(
-            "lottery_levels must begin with 0.0, as its first training is that of every "
-            f"connection, not {config.lottery_levels!r}."
-        )

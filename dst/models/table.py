@@ -41,20 +41,22 @@ def check_architecture(who: str, row: Architecture) -> None:
 MODELS: Names[Architecture] = Names(
     "model",
     Architecture,
+    dict(
+        mlp=Architecture(
+            lambda config, n: MLP(tuple(config.hidden), n, jnp.dtype(config.precision)),
+            reads=("hidden",),
+        ),
+        resnet=Architecture(
+            lambda config, n: ResNet(config.depth, n, config.width, jnp.dtype(config.precision)),
+            reads=("depth", "width"),
+        ),
+        vgg=Architecture(
+            lambda config, n: VGG16(n, config.width, jnp.dtype(config.precision)),
+            reads=("width",),
+            smallest=32,
+        ),
+    ),
     check_architecture,
-    mlp=Architecture(
-        lambda config, n: MLP(tuple(config.hidden), n, jnp.dtype(config.precision)),
-        reads=("hidden",),
-    ),
-    resnet=Architecture(
-        lambda config, n: ResNet(config.depth, n, config.width, jnp.dtype(config.precision)),
-        reads=("depth", "width"),
-    ),
-    vgg=Architecture(
-        lambda config, n: VGG16(n, config.width, jnp.dtype(config.precision)),
-        reads=("width",),
-        smallest=32,
-    ),
 )
 
 

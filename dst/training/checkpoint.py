@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from dst import hosts
 from dst.config import OPERATIONAL
 from dst.errors import ConfigError
-from dst.methods.table import never_read
+from dst.methods.settings import never_read
 
 Leaves = dict[str, np.ndarray]  # path in the state -> host array; of a typed key its key data
 
@@ -74,7 +74,7 @@ def save(manager: ocp.CheckpointManager, state: Any, record: Mapping[str, Any]) 
     """Commits `state` (any pytree of arrays with a `step`) and the JSON `record`
     (with its "config") at `state.step`, if this is the first process.
 
-    Errors: `NotFinite` before anything is written; ValueError at a step older than the newest one.
+    Raises: `NotFinite` before anything is written; ValueError at a step older than the newest one.
     """
     leaves = _host_leaves(state)
     for path, leaf in leaves.items():
@@ -107,7 +107,7 @@ def restore(
 
     `record["config"]` and `config` must be of one run, see `another_run`. Damaged newer steps are
     said, skipped and deleted.
-    Errors: `ConfigError` for a checkpoint of another run, `Unreadable` if every one is damaged.
+    Raises: `ConfigError` for a checkpoint of another run, `Unreadable` if every one is damaged.
     """
     with _quiet():
         manager.reload()
@@ -134,7 +134,7 @@ def restore_step(
 ) -> tuple[Any, dict] | None:
     """The state of this step, as `restore` gives it, and its record; None if it is damaged.
 
-    Errors: `ConfigError` for a checkpoint of another run.
+    Raises: `ConfigError` for a checkpoint of another run.
     """
     note = _read_note(manager, step)
     if note is None:

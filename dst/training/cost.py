@@ -14,24 +14,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from dst.methods.base import Method
+from dst.methods.before import BEFORE
+from dst.methods.combinations import memories
 from dst.methods.distributions import active_count
-from dst.methods.plan import Plan, plan
+from dst.methods.grow import GROWTHS
+from dst.methods.heuristics import HEURISTICS
+from dst.methods.memory import MEMORIES
+from dst.methods.plan import plan
 from dst.methods.schedules import largest_remainder
-from dst.methods.table import Method
 from dst.network import Network
 from dst.observe import layer_calls
 
 Counts = Mapping[str, int]
 
 BIT = 1 / 32  # words
-# Words a possible connection while scores that prune before training are taken: weights, gradient
-# and scores; for GraSP Hg too; SynFlow's copy and its gradient are float64.
-SCORING_WORDS = {"snip": 3.0, "grasp": 4.0, "grasp_abs": 4.0, "synflow": 5.0}
-# Gradients of the dense network for each example that is scored; the second pass of GraSP has the
-# gradient and its tangent.
-SCORING_GRADIENTS = {"snip": 1, "grasp": 3, "grasp_abs": 3}
 
 
 # ---------------------------------------------------------------------------------------- memory
@@ -45,50 +43,10 @@ def peak_words(method: Method, net: Network) -> float:
     sparsity = method.sparsity if method.before else method.first_sparsity
     density = active_count(net.possible, sparsity) / net.possible
     held = min(4 * density, 3 + BIT)
-    return max(held + _growth_words(method, net, density), SCORING_WORDS.get(method.before, 0.0))
-
-
-def _growth_words(method: Method, net: Network, density: float) -> float:
-    """What the largest rewire holds beside the network, and what the method remembers.
-
-    S is held, index and gradient, as in the paper's count and in masked execution; sparse execution
-    holds the best |P| of it. Of a streamed gradient its best |P| are held, and a block.
-    """
-    planned = plan(net, method)
-    moved = planned.grown.max() / net.possible
-    remembered = BIT * (method.explored + (method.drop == "sign"))
-    match method.score:
-        case "momentum":
-            return remembered + 2.0  # kept dense, and so is the gradient of every step
-        case "dense gradient":
-            return remembered + (2 * moved if method.growth_memory == "streamed" else 1.0)
-        case "chance":
-            return remembered + moved
-        case "gradient":
-            S = candidates(method, planned).max() / net.possible
-            return 2 * S + _heuristic_words(method, net, density)
-    return remembered
-
-
-def candidates(method: Method, planned: Plan) -> np.ndarray:
-    """|S_t| of every planned event, over all layers: int64 (E,)."""
-    if method.subset_of == "active":  # of which the plan has but a bound for each layer
-        return np.ceil(method.subset_ratio * planned.active).astype(np.int64)
-    return planned.subset.sum(1, dtype=np.int64)
-
-
-def _heuristic_words(method: Method, net: Network, density: float) -> float:
-    """f and g; SynFlow has a float64 copy of the connections and its gradient instead."""
-    if method.heuristic == "uniform":
-        return 0.0
-    if method.heuristic == "synflow":
-        return 4 * density
-    # GraEst has an f for each column (kx, ky, i) of a convolution.
-    units = 0
-    for layer in net.layers.values():
-        inputs = layer.columns if method.heuristic == "graest" else layer.n_in
-        units += inputs + layer.n_out
-    return units / net.possible
+    scoring = BEFORE[method.before].words if method.before else 0.0
+    remembered = sum(MEMORIES[name].words for name in memories(method))
+    growing = GROWTHS[method.score].words(method, net, plan(net, method), density)
+    return max(held + remembered + growing, scoring)
 
 
 # ------------------------------------------------------------------------------------ arithmetic
@@ -114,7 +72,7 @@ def forward_flops(uses: Counts, counts: Counts) -> int:
 def step_flops(method: Method, uses: Counts, possible: Counts, active: Counts) -> int:
     """A step, an example: forward, gradient of the inputs, gradient of the weights."""
     F = forward_flops(uses, active)
-    return 2 * F + (forward_flops(uses, possible) if method.score == "momentum" else F)
+    return 2 * F + (forward_flops(uses, possible) if GROWTHS[method.score].every_step else F)
 
 
 def rewire_flops(
@@ -125,15 +83,17 @@ def rewire_flops(
     Marginals and the gradient on S take a pass each; sparse execution's GraBo takes one for both.
     """
     F = forward_flops(uses, active)
-    if method.score == "dense gradient":
+    gradient = GROWTHS[method.score].gradient
+    if gradient == "all":
         return batch_size * (2 * F + forward_flops(uses, possible))
-    if method.score != "gradient":
+    if not gradient:
         return 0
     shares = active if method.subset_of == "active" else possible
     sizes = [possible[path] for path in shares]
     split = largest_remainder(S, [*shares.values()], sizes)
     scored = forward_flops(uses, dict(zip(shares, split.tolist(), strict=True)))
-    examples = {"uniform": 0, "synflow": 1}.get(method.heuristic, batch_size)
+    passes = {"none": 0, "one": 1, "batch": batch_size}
+    examples = passes[HEURISTICS[method.heuristic].examples]
     return batch_size * (2 * F + scored) + examples * 2 * F
 
 
@@ -141,8 +101,8 @@ def scoring_flops(method: Method, uses: Counts, possible: Counts, examples: int)
     """What scores that prune before the first step take; SynFlow's n passes need no examples."""
     if not method.before:
         return 0
-    synflow = method.before == "synflow"
-    gradients = method.iterations if synflow else SCORING_GRADIENTS[method.before] * examples
+    of_data = BEFORE[method.before].gradients
+    gradients = of_data * examples if of_data else method.iterations
     return gradients * 3 * forward_flops(uses, possible)
 
 

@@ -55,7 +55,7 @@ def export(
 
     x @ scipy.sparse.csr_array((data, indices, indptr), shape=shape) is x W of a dense layer. Needs
     O(K) host memory. With `dense`, kernels are plain Flax arrays instead. What NumPy has no type
-    for, such as bfloat16, becomes float32. Errors: a folder that does not exist or cannot be
+    for, such as bfloat16, becomes float32. Raises: a folder that does not exist or cannot be
     written, a state of another network.
     """
     path = Path(path)
@@ -78,7 +78,7 @@ def export(
 def load(path: str | os.PathLike) -> dict[str, Any]:
     """The variables in a file of `export` for `model.apply(variables, x)`: every kernel is dense.
 
-    Errors: a file that is missing, damaged or of another kind.
+    Raises: a file that is missing, damaged or of another kind.
     """
     entries, kernels = _read(path)
     entries |= {name: kernel.dense() for name, kernel in kernels.items()}
@@ -90,7 +90,7 @@ def predictor(net: Network, source: SparseState | str | os.PathLike) -> Callable
 
     The model is called with the keyword arguments of `dst.network`, such as train=False. In sparse
     execution no `nn.Dense` kernel is formed, whatever execution wrote the file. What `state.params`
-    holds off the masks is left out, as `export` does. Errors: those of `load`, a file of another
+    holds off the masks is left out, as `export` does. Raises: those of `load`, a file of another
     network, a state whose parameters are not those of its connections.
     """
 
@@ -159,7 +159,7 @@ def _to_csr(name: str, kernel: Kernel) -> Entries:
 
 
 def _from_csr(entries: Entries, name: str) -> Kernel:
-    """Takes the kernel out of `entries`. Errors: what is not a sorted CSR matrix."""
+    """Takes the kernel out of `entries`. Raises: what is not a sorted CSR matrix."""
     parts = ("data", "indices", "indptr", "shape")
     data, indices, indptr, sides = (entries.pop(f"{name}/{part}") for part in parts)
     shape = tuple(sides.tolist())

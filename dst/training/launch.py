@@ -37,7 +37,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def place(values: flags.FlagValues) -> Place | None:
-    """What the flags say, None if this is the only process. Errors: ConfigError."""
+    """What the flags say, None if this is the only process. Raises: ConfigError."""
     given = [name for name in TOGETHER if values[name].value is not None]
     if values.distributed and given:
         raise ConfigError(
@@ -70,7 +70,7 @@ def _number(name: str, text: str, rule: Rule) -> int:
 def joined(place: Place | None) -> Iterator[None]:
     """A block in which this process is one of several, if it has a place among them.
 
-    Errors: ConfigError if there is no cluster, the port is taken or their devices differ in number.
+    Raises: ConfigError if there is no cluster, the port is taken or their devices differ in number.
     """
     if place is None:
         yield

@@ -64,7 +64,7 @@ def open_log(workdir: str | os.PathLike, header: Mapping[str, Any], step: int) -
     """The log in `workdir`, continued after `step`: later events are cut off, the header stays.
 
     Where this `header` is another, "resume" tells it. Before step 0 nothing stays, nor the header.
-    Errors: `ConfigError` if the log there is of another config.
+    Raises: `ConfigError` if the log there is of another config.
     """
     path = Path(workdir) / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def _sentence(workdir: Any, known: dict, changed: dict) -> str:
 
 
 def refuse_another_run(workdir: str | os.PathLike, config: Mapping[str, Any]) -> dict | None:
-    """The header of the log in `workdir`, if there is one. Errors: one of another config."""
+    """The header of the log in `workdir`, if there is one. Raises: one of another config."""
     path = Path(workdir) / "metrics.jsonl"
     lines = _lines(path) if path.exists() else []
     old = _parse(lines[0], "config") if lines else None

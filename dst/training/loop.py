@@ -14,10 +14,11 @@ import optax
 from ml_collections import ConfigDict
 
 from dst import hosts
+from dst.methods.base import Method
+from dst.methods.distributions import first_counts
 from dst.methods.plan import due, until_due
-from dst.methods.table import Method
 from dst.network import Network
-from dst.state import SparseState, active_counts, first_counts, fresh_progress, sparsity_of
+from dst.state import SparseState, active_counts, fresh_progress, sparsity_of
 from dst.training import cost, log
 from dst.training.signals import stop_signals
 from dst.training.steps import Resident, Steps
@@ -124,7 +125,7 @@ def until_event(run: Parts, step: int) -> int:
 
 
 def check(metrics: dict[str, Array] | None, step: int) -> dict[str, float]:
-    """The metrics of the update that led to `step` as numbers. Errors: FloatingPointError."""
+    """The metrics of the update that led to `step` as numbers. Raises: FloatingPointError."""
     if metrics is None:
         return {}
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -190,7 +191,7 @@ def finished(run: Parts, state: SparseState) -> bool:
 
 
 def rewire(run: Parts, state: SparseState, step: int) -> SparseState:
-    """One rewire, reported. Errors: FloatingPointError for a NaN score or weight."""
+    """One rewire, reported. Raises: FloatingPointError for a NaN score or weight."""
     begin = time.monotonic()
     state, report = run.steps.rewire(state, run.resident(step // run.per_epoch))
     report = jax.tree.map(lambda a: a.item(), jax.device_get(report))

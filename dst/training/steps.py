@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from dst import hosts
 from dst.data import Dataset
 from dst.data import pipeline as data
+from dst.methods.base import Method
 from dst.methods.schedules import learning_rate
-from dst.methods.table import Method
 from dst.network import Network
 from dst.rewire import on_host, rewire_body
 from dst.state import SparseState

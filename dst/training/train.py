@@ -21,12 +21,14 @@ from dst.config import check_devices
 from dst.connections.execution import described
 from dst.data import Dataset, load, pipeline
 from dst.errors import ConfigError
-from dst.methods.before import prune_at_init
+from dst.methods.base import Method
+from dst.methods.distributions import first_counts
 from dst.methods.lottery import levels, ticket, winning
 from dst.methods.memory import begun
-from dst.methods.table import Method, method_of, told_unread
+from dst.methods.settings import method_of, told_unread
 from dst.network import Network, network
-from dst.state import SparseState, active_counts, first_counts, init_state
+from dst.start import init_state, prune_at_init
+from dst.state import SparseState, active_counts
 from dst.training import checkpoint, figures, log, steps
 from dst.training.evaluate import make_evaluate
 from dst.training.loop import Parts, Stopped, collapsed_layers, loop
@@ -40,7 +42,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """Run `config` in `workdir`, from its newest checkpoint if there is one.
 
     Lottery's rounds before the last lie in `workdir/rounds`, each a run of its own.
-    Errors: ConfigError (bad input, another run's workdir, processes that differ), Stopped (NaN,
+    Raises: ConfigError (bad input, another run's workdir, processes that differ), Stopped (NaN,
     every checkpoint damaged).
     """
     check_alike(config)
@@ -69,7 +71,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 
 def check_alike(config: ConfigDict) -> None:
-    """Errors: ConfigError in every process if their configs differ.
+    """Raises: ConfigError in every process if their configs differ.
 
     Each may have the data in a folder of its own; the other fields say what all of them compute.
     """
@@ -85,7 +87,7 @@ def check_alike(config: ConfigDict) -> None:
 
 
 def check_step(step: int, workdir: Path) -> None:
-    """Errors: ConfigError in every process if they have not restored the same step (-1: none)."""
+    """Raises: ConfigError in every process if they have not restored the same step (-1: none)."""
     steps = hosts.gather(step)
     if len(set(steps)) > 1:
         found = ", ".join("none" if step < 0 else f"step {step}" for step in steps)
@@ -197,7 +199,7 @@ def parts(
 def restore(
     manager: Any, state: SparseState, config: ConfigDict, workdir: Path
 ) -> SparseState | None:
-    """The newest intact checkpoint, None if there is none. Errors: Stopped, ConfigError."""
+    """The newest intact checkpoint, None if there is none. Raises: Stopped, ConfigError."""
     try:
         # Whatever was saved had been pruned.
         restored, _ = checkpoint.restore(manager, begun(state), config.to_dict(), log.say)

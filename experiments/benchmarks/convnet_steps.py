@@ -72,7 +72,7 @@ class Program(NamedTuple):
 
 
 def program_of(case: Case) -> Program:
-    """The case's. Errors: ImportError without PyTorch."""
+    """The case's. Raises: ImportError without PyTorch."""
     if case.variant.startswith("torch"):
         return torch_program(case)
     return plain_program(case) if case.variant == "plain" else sparse_program(case)

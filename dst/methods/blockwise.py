@@ -19,9 +19,9 @@ from jax import lax
 from dst.connections.base import NOWHERE, Candidates, Connections, Part, no_candidates
 from dst.connections.select import best
 from dst.layers.base import Layer
-from dst.methods.grow import Sample, Source, room
+from dst.methods.base import Method
+from dst.methods.candidates import Sample, Source, most_at, room
 from dst.methods.plan import Plan
-from dst.methods.table import Method
 from dst.network import Network
 from dst.observe import observe
 from dst.state import SparseState
@@ -105,7 +105,7 @@ def streamed(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
     def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
         value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
         A, units = state.masks, observe(net.layers, value)
-        P = jnp.asarray(planned.grown)[event] if method.drop == "magnitude" else jnp.int32(most)
+        P = most_at(net, method, planned, event)
         empty = no_candidates(most, A.weights(state.params).dtype)
         found, finite = strongest_missing(A, units, empty, P, salt)
         return Sample(found, A.inactive, A.inactive, finite)

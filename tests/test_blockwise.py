@@ -15,7 +15,7 @@ from dst.connections.base import no_candidates, row_salts
 from dst.connections.hashing import salts
 from dst.connections.masks import Masks
 from dst.layers import Conv, Dense
-from dst.methods import stream
+from dst.methods import blockwise
 from dst.update import AXIS, parallel
 from tests import tiny
 from tests.arenas import hashed, random_case
@@ -38,7 +38,7 @@ def test_blocks_are_pieces_of_the_dense_gradient(model):
     net, variables, x, mix = setting(model)
     _, exact = by_call(Structure(False) if isinstance(model, Structure) else model)
     sizes = {p: (min(2, l.n_in), min(3, l.n_out)) for p, l in net.layers.items()}
-    places = {p: stream.corners(l, sizes[p], l.n_in) for p, l in net.layers.items()}
+    places = {p: blockwise.corners(l, sizes[p], l.n_in) for p, l in net.layers.items()}
 
     def blocks(_):
         found = {}
@@ -46,8 +46,8 @@ def test_blocks_are_pieces_of_the_dense_gradient(model):
         for path, layer in net.layers.items():
 
             def one(corner, layer=layer, n=sizes[path], units=units[layer.path]):
-                at, due = stream.fit(layer, list(corner), n)
-                return jnp.stack(at), due, stream.gradient_block(layer, *units, at, n)
+                at, due = blockwise.fit(layer, list(corner), n)
+                return jnp.stack(at), due, blockwise.gradient_block(layer, *units, at, n)
 
             found[path] = jax.lax.map(one, jnp.asarray(places[path]))
         return found
@@ -68,7 +68,7 @@ def test_a_block_is_summed_in_float32():
     layer = dst.network(Layers(), *(jnp.zeros(a.shape) for a in setting(Layers())[2:])).layers
     h, delta = jnp.ones((126, 257), jnp.bfloat16), jnp.ones((3, 257), jnp.bfloat16)
     corner = [jnp.int32(0)] * 4
-    block = lambda h, d: stream.gradient_block(layer["rows"], h, d, corner, (2, 2))  # noqa: E731
+    block = lambda h, d: blockwise.gradient_block(layer["rows"], h, d, corner, (2, 2))  # noqa: E731
     for d in (delta, delta.astype(jnp.float32)):
         G = on_devices(block, h[None], d[None])
         assert G.dtype == jnp.float32
@@ -106,7 +106,7 @@ def mean_gradient(layer, units):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_masked_the_choice_is_top_k_of_all_layers(monkeypatch, block):
     """Ties by hash, whatever the blocks; what is active is never chosen."""
-    monkeypatch.setattr(stream, "BLOCK", block)
+    monkeypatch.setattr(blockwise, "BLOCK", block)
     rng = np.random.default_rng(block)
     layers = setting(Layers())[0].layers
     layers = {p: layers[p] for p in ("dilated_strided", "rows", "same", "sequence", "valid")}
@@ -129,7 +129,7 @@ def test_masked_the_choice_is_top_k_of_all_layers(monkeypatch, block):
     inactive = int(np.isfinite(score).sum())
     for size in (30, inactive + 5):
         empty = no_candidates(size)
-        choose = functools.partial(stream.strongest_missing, A)
+        choose = functools.partial(blockwise.strongest_missing, A)
         two = parallel(choose, (0, None, None, None), jax.local_devices()[:2])
         found, finite = two(units, empty, jnp.int32(size), salt)
         held = np.asarray(found.valid)
@@ -142,7 +142,7 @@ def test_masked_the_choice_is_top_k_of_all_layers(monkeypatch, block):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_sparse_the_choice_is_the_best_of_what_does_not_exist(monkeypatch, tier, block):
     """Of equals the lower hashes; blocks cut rows, or hold many."""
-    monkeypatch.setattr(stream, "BLOCK", block)
+    monkeypatch.setattr(blockwise, "BLOCK", block)
     rng = np.random.default_rng(block)
     case = random_case(rng, 60)
     layers = [part.layer for part in case.arena.parts]
@@ -156,7 +156,7 @@ def test_sparse_the_choice_is_the_best_of_what_does_not_exist(monkeypatch, tier,
             missing.append((-G[i, o], hashed(salts_of_rows[row], i), row, i))
     missing.sort()
     empty = no_candidates(99)
-    choose = lambda units, P: stream.strongest_missing(case.arena, units, empty, P, salt)  # noqa: E731
+    choose = lambda units, P: blockwise.strongest_missing(case.arena, units, empty, P, salt)  # noqa: E731
     two = parallel(choose, (0, None), jax.local_devices()[:2])
     for P in (20, 99):
         found, finite = two(units, jnp.int32(P))
@@ -184,7 +184,7 @@ def rewired(s, devices=ONE):
 
 def test_all_executions_take_rigls_step(monkeypatch):
     """Dense on one device, streamed and sparse on four: the same connections and report."""
-    monkeypatch.setattr(stream, "BLOCK", 50)
+    monkeypatch.setattr(blockwise, "BLOCK", 50)
     monkeypatch.setattr(kernels, "available", lambda: False)
     options = {"floor": 0.8, "drop_fraction": 0.4, "norm": False}
     whole, report = rewired(tiny.setup("rigl", **options))
@@ -199,7 +199,7 @@ def test_all_executions_take_rigls_step(monkeypatch):
 
 def test_in_float32_the_choice_is_rigls_but_for_equals(monkeypatch, tier):
     """What differs from the dense gradient's choice lies within 1e-5 of the cut."""
-    monkeypatch.setattr(stream, "BLOCK", 50)
+    monkeypatch.setattr(blockwise, "BLOCK", 50)
     masked = tiny.setup("rigl")
     rewire = dst.make_rewire(masked.net, masked.tx, masked.method, tiny.loss, devices=ONE)
     expected = structure(rewire(masked.state, masked.batch)[0])
@@ -254,7 +254,7 @@ def wide_run(execution):
 
 @pytest.mark.parametrize("block", [1000, 2**20])
 def test_sparse_no_array_is_larger_than_a_block(monkeypatch, tier, block):
-    monkeypatch.setattr(stream, "BLOCK", block)
+    monkeypatch.setattr(blockwise, "BLOCK", block)
     net, method, state, batch = wide_run("sparse")
     rewire = dst.make_rewire(net, tiny.SGD, method, tiny.loss, devices=ONE)
     shapes = arrays_of(jax.make_jaxpr(rewire)(state, batch).jaxpr)
@@ -265,7 +265,7 @@ def test_sparse_no_array_is_larger_than_a_block(monkeypatch, tier, block):
 @pytest.mark.parametrize("block", [1000, 2**20])
 def test_masked_no_block_of_the_gradient_is_larger_than_asked(monkeypatch, block):
     """Activations are products, too, but of 4 rows."""
-    monkeypatch.setattr(stream, "BLOCK", block)
+    monkeypatch.setattr(blockwise, "BLOCK", block)
     net, method, state, batch = wide_run("masked")
     largest = []
 
