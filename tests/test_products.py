@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dst.connections import products
+from dst.connections import products, ranges
 from dst.connections.arena import Arena, positions
 from dst.connections.backends import cpp as kernels
+from dst.connections.backends import dispatch
 from tests.arenas import SHAPES, parts_of, random_case, slices
 
 # K is a few times the smaller chunk and not a multiple of it, or less than one larger chunk.
@@ -34,8 +35,8 @@ def tier(request, monkeypatch):
     available = kernels.available() and compiled
     monkeypatch.setattr(kernels, "available", lambda: available)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(products, "CHUNK", chunk)
-    assert products.compiled(jnp.zeros(1)) == (request.param == "compiled")
+    monkeypatch.setattr(ranges, "CHUNK", chunk)
+    assert dispatch.compiled(jnp.zeros(1)) == (request.param == "compiled")
     return request.param
 
 
@@ -135,7 +136,7 @@ def test_products_and_their_cotangents_are_the_dense_ones(tier):
 
 @pytest.mark.parametrize("chunk", [1024, 8])
 def test_a_kernel_is_expanded_exactly_and_its_gradient_collected(chunk, monkeypatch):
-    monkeypatch.setattr(products, "CHUNK", chunk)
+    monkeypatch.setattr(ranges, "CHUNK", chunk)
     check_expand(random_case(np.random.default_rng(4), 40, parts_of(SHAPES[:4]), empty=(0,)))
 
 
@@ -143,7 +144,7 @@ def test_a_kernel_is_expanded_exactly_and_its_gradient_collected(chunk, monkeypa
 def test_float64_is_computed_in_float64_whatever_was_built(name, monkeypatch):
     _, backend, chunk = TIERS[name]
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(products, "CHUNK", chunk)
+    monkeypatch.setattr(ranges, "CHUNK", chunk)
     case = random_case(np.random.default_rng(3), 30, parts_of(SHAPES[:2]))
     with jax.enable_x64(True):
         check_product(case, np.float64, 1e-15)
@@ -260,12 +261,12 @@ def test_nan_reaches_all_that_it_touches_and_nothing_else(tier):
 
 def test_the_tier_is_named_for_the_log(monkeypatch):
     monkeypatch.setattr(kernels, "available", lambda: True)
-    assert products.tier() == "compiled kernels"
+    assert dispatch.tier() == "compiled kernels"
     monkeypatch.setattr(kernels, "available", lambda: False)
     monkeypatch.setattr(kernels, "why_not", lambda: "there is no compiler")
-    assert products.tier() == "pure JAX, as there is no compiler"
+    assert dispatch.tier() == "pure JAX, as there is no compiler"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert products.tier() == "pure JAX"
+    assert dispatch.tier() == "pure JAX"
 
 
 def test_integers_of_the_arena_have_no_gradient():

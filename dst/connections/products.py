@@ -13,20 +13,16 @@ cotangents of L layers, there would be L such vectors.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import sparse
 
 from dst.connections.arena import Arena
 from dst.connections.backends import cpp as kernels
-from dst.connections.backends import maps
+from dst.connections.backends import maps, pure
 from dst.connections.backends.dispatch import compiled
 from dst.connections.base import Part
-from dst.connections.ranges import over_range, rows_of
 
 Array = jax.Array
 
@@ -34,7 +30,7 @@ Array = jax.Array
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(part: Part, values: Array, arena: Arena, h: Array) -> tuple[Array, Array]:
     """y = W h and `values` unchanged: h (n_in, B) of the values' dtype -> (n_out, B), (K,)."""
-    multiply = kernels.multiply if compiled(values) else functools.partial(_multiply, part)
+    multiply = kernels.multiply if compiled(values) else functools.partial(pure.multiply, part)
     return multiply(values, arena.column, arena.pointer_of(part), h, part.n_out), values
 
 
@@ -76,7 +72,7 @@ def _gradients(part: Part, values: Array, arena: Arena, h: Array, delta: Array, 
     if compiled(values):
         pointer = arena.pointer_of(part)
         return kernels.backward(values, arena.column, pointer, h, delta, gradient)
-    return _backward(part, values, arena, h, delta, gradient)
+    return pure.backward(part, values, arena.column, arena.pointer, h, delta, gradient)
 
 
 @jax.custom_vjp
@@ -161,7 +157,7 @@ def expand(part: Part, values: Array, arena: Arena) -> tuple[Array, Array]:
         return kernel.at[i, o].add(value)
 
     kernel = jnp.zeros((part.n_in, part.n_out), values.dtype)
-    kernel = over_connections(part, values, arena, add, kernel)
+    kernel = pure.over_connections(part, values, arena.column, arena.pointer, add, kernel)
     return kernel.reshape(part.layer.shape), values
 
 
@@ -175,62 +171,10 @@ def _expand_backward(part, saved, cotangents):
     dense = dense.reshape(part.n_in, part.n_out)
 
     def collect(gradient, at, value, i, o):
-        return _add_at(gradient, at, dense[i, o])
+        return pure.add_at(gradient, at, dense[i, o])
 
-    return over_connections(part, values, arena, collect, gradient), None
+    given = part, values, arena.column, arena.pointer
+    return pure.over_connections(*given, collect, gradient), None
 
 
 expand.defvjp(_expand_forward, _expand_backward)
-
-
-# ------------------------------------------------------------------------------------ pure JAX tier
-def _multiply(part: Part, values: Array, column: Array, pointer: Array, h: Array, n_out: int):
-    """W h by jaxlib's CSR kernel on CPUs, block after block; elsewhere by sums over chunks."""
-    y = jnp.zeros((n_out, h.shape[1]), h.dtype)
-    if jax.default_backend() != "cpu":
-        arena = Arena(column, pointer, ())
-        local = part._replace(first=0)
-        add = lambda y, at, value, i, o: y.at[o].add(value[:, None] * h[i])  # noqa: E731
-        return over_connections(local, values, arena, add, y)
-
-    def block(b, y):
-        rows = lax.dynamic_slice(pointer, (b * n_out,), (n_out + 1,))
-        W = sparse.BCSR((values, column, rows), shape=(n_out, part.n_in))
-        return y + sparse.bcsr_dot_general(W, h, dimension_numbers=(((1,), (0,)), ((), ())))
-
-    return lax.fori_loop(0, part.blocks, block, y)
-
-
-def _backward(part: Part, values: Array, arena: Arena, h: Array, delta: Array, gradient: Array):
-    """W^T delta, and dL/dw added to `gradient`: by chunks of connections."""
-    # A sum over the batch as a product with ones is a vectorised one.
-    ones = jnp.ones((h.shape[1], 1), h.dtype)
-
-    def add(carry, at, value, i, o):
-        dh, gradient = carry
-        seen = delta[o]
-        dh = dh.at[i].add(value[:, None] * seen)
-        total = jnp.matmul(h[i] * seen, ones, precision=lax.Precision.HIGHEST)
-        return dh, _add_at(gradient, at, total[:, 0])
-
-    return over_connections(part, values, arena, add, (jnp.zeros_like(h), gradient))
-
-
-def over_connections(part: Part, values: Array, arena: Arena, step: Callable, carry: Any) -> Any:
-    """Folds `step(carry, at, value, i, o)` over the layer's connections, a chunk at a time.
-
-    `at` (start, inside) says where the chunk stands in the arena; outside the layer value is 0.
-    """
-    rows = rows_of(arena.pointer, arena.column.size) - part.first
-    begin, end = arena.pointer[part.first], arena.pointer[part.end]
-
-    def within(carry, at, value, i, row):
-        return step(carry, at, value, i, row % part.n_out)
-
-    return over_range((values, arena.column, rows), begin, end, within, carry)
-
-
-def _add_at(gradient: Array, at: tuple[Array, Array], amount: Array) -> Array:
-    start, inside = at
-    old = lax.dynamic_slice(gradient, (start,), amount.shape)
-    return lax.dynamic_update_slice(gradient, old + jnp.where(inside, amount, 0), (start,))

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from dst.connections.backends import cpp as kernels
+from dst.connections.backends import pure
 from dst.connections.backends.dispatch import compiled, on_cpu
-from dst.connections.base import NOWHERE, Candidates, bits, lowest, no_candidates
-from dst.connections.hashing import hashed
+from dst.connections.base import Candidates
 
 if TYPE_CHECKING:
     from dst.connections.arena import Arena
@@ -59,16 +59,7 @@ def best(found: Candidates, new: Candidates, k: Array, salt: Array) -> Candidate
     """
     if compiled(found.score):
         return Candidates(*kernels.best(*found, *new, k, salt))
-    row, column, score = (jnp.concatenate(pair) for pair in zip(found, new, strict=True))
-    row = jnp.where(score >= 0, row, NOWHERE)
-    row, column, score = lax.sort((row, column, score), num_keys=2, is_stable=True)
-    again = (row[1:] == row[:-1]) & (column[1:] == column[:-1])
-    eligible = (score >= 0) & ~jnp.append(jnp.zeros(1, bool), again)
-    chosen = lowest(~bits(score), eligible, k, lambda: hashed(salt[row], column))
-    size = found.row.size
-    to = jnp.where(chosen, jnp.cumsum(chosen, dtype=jnp.int32) - 1, size)
-    entries = zip(no_candidates(size, score.dtype), (row, column, score), strict=True)
-    return Candidates(*(empty.at[to].set(entry, mode="drop") for empty, entry in entries))
+    return pure.best(found, new, k, salt)
 
 
 def exchange(arena: Arena, dropped: Array, grown: Candidates, k: Array) -> tuple[Arena, Array]:
@@ -82,20 +73,7 @@ def exchange(arena: Arena, dropped: Array, grown: Candidates, k: Array) -> tuple
             dropped, column, pointer, grown.row, grown.column, k
         )
         return arena.replace(column=column, pointer=pointer), source
-    K, rank = column.size, jnp.arange(grown.row.size, dtype=jnp.int32)
-    before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(~dropped, dtype=jnp.int32))
-    row = jnp.where(rank < k, grown.row, 0)
+    row = jnp.where(jnp.arange(grown.row.size, dtype=jnp.int32) < k, grown.row, 0)
     at, _ = locate(arena, row, grown.column)
-    to = jnp.where(rank < k, before[at] + rank, K)
-    is_grown = jnp.zeros(K, bool).at[to].set(True, mode="drop")
-    kept = jnp.nonzero(~dropped, size=K, fill_value=0)[0].astype(jnp.int32)
-    older = jnp.arange(K, dtype=jnp.int32) - jnp.cumsum(is_grown, dtype=jnp.int32)
-    source = jnp.where(is_grown, -1, kept[jnp.clip(older, 0, K - 1)])
-    longer = jnp.zeros(pointer.size, jnp.int32).at[row + 1].add((rank < k).astype(jnp.int32))
-    return (
-        arena.replace(
-            column=column[jnp.maximum(source, 0)].at[to].set(grown.column, mode="drop"),
-            pointer=before[pointer] + jnp.cumsum(longer, dtype=jnp.int32),
-        ),
-        source,
-    )
+    column, pointer, source = pure.exchange(dropped, column, pointer, grown, at, k)
+    return arena.replace(column=column, pointer=pointer), source

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_digits
 
-from dst.connections.products import tier
+from dst.connections.backends.dispatch import tier
 from dst.methods.distributions import active_count
 from dst.state import active_counts
 from experiments.benchmarks import measure
