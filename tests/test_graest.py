@@ -59,7 +59,7 @@ def test_inputs_and_errors_share_their_signs_and_nothing_else_does():
     net = dst.network(Ones(), x[0])
     batch = {"x": x, "delta": jnp.ones((2, 1, 2 + 3 + 2 + 2 + 4))}
     state = state_of(randoms(Ones(), x[0]))
-    measure = heuristics.graest(net, weighted)
+    measure = heuristics.marginals_of(net, weighted, heuristics.HEURISTICS["graest"])
 
     def one(key):
         return jax.vmap(lambda b: measure(state.replace(key=key), b), axis_name=AXIS)(batch)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from dst.connections.masks import Masks
 from dst.errors import ConfigError
 from dst.methods import heuristics
 from dst.models import ResNet
@@ -47,7 +48,7 @@ class CNN(nn.Module):
 def state_of(variables):
     variables = dict(variables)
     return SparseState(
-        jnp.int32(0), variables.pop("params"), variables, {}, (), jax.random.key(0), (),
+        jnp.int32(0), variables.pop("params"), variables, Masks((), {}), (), jax.random.key(0), (),
         fresh_progress(),
     )  # fmt: skip
 
@@ -70,7 +71,7 @@ def normalised(v):
 # ------------------------------------------------------------------------------------------ uniform
 def test_uniform_treats_all_units_alike():
     net = network(CNN(), jnp.ones((2, 8, 8, 3)))
-    fg = heuristics.uniform(net, None)(None, None)
+    fg = heuristics.uniform(net, None, None)
     assert {p: (f.size, g.size) for p, (f, g) in fg.items()} == {
         "first": (3, 4), "second": (4, 5), "last": (5, 2)
     }  # fmt: skip
@@ -86,7 +87,7 @@ def weighted(apply, batch):
 def grabo(model, variables, batch, shards=1):
     """Marginals of each shard, as on that many devices."""
     net = network(model, batch["x"])
-    measure = heuristics.grabo(net, weighted)
+    measure = heuristics.marginals_of(net, weighted, heuristics.HEURISTICS["grabo"])
     state = state_of(variables)
     split = lambda a: a.reshape(shards, -1, *a.shape[1:])  # noqa: E731
     on_devices = jax.vmap(lambda batch: measure(state, batch), axis_name=AXIS)
@@ -156,7 +157,7 @@ def test_the_bound_of_a_convolution_holds_at_every_window_position():
 
 # ------------------------------------------------------------------------------------------ SynFlow
 def synflow(model, x, variables):
-    return heuristics.synflow(network(model, x), None)(state_of(variables), None)
+    return heuristics.synflow(network(model, x))(state_of(variables))
 
 
 def products(kernels):
@@ -272,7 +273,7 @@ def test_resnet_56_has_a_finite_flow():
         return np.float32(rng.normal(size=a.shape) * np.sqrt(2 / np.prod(a.shape[:-1])))
 
     variables = jax.tree_util.tree_map_with_path(he, shapes)
-    fg = heuristics.synflow(net, None)(state_of(variables), None)
+    fg = heuristics.synflow(net)(state_of(variables))
     assert len(fg) == 56
     for f, g in fg.values():
         assert (np.isfinite(f) & (f > 0)).all()
@@ -297,4 +298,4 @@ def test_what_has_no_flow_is_pointed_to_grabo():
         synflow(Normed(), x, randoms(Normed(), x))
     words = jnp.zeros((2, 5), jnp.int32)
     with pytest.raises(ConfigError, match=r"takes int32 inputs.* use 'grabo'"):
-        heuristics.synflow(network(Words(), words), None)
+        heuristics.synflow(network(Words(), words))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-import textwrap
 import types
 
 import flax.linen as nn
@@ -17,7 +16,7 @@ import pytest
 
 import dst
 from dst import layers as kinds
-from dst.connections.arena import Part
+from dst.connections.base import Part
 from dst.connections.execution import described, forward, init_rest
 from dst.layers import KINDS, Conv, Dense, Layer, kind_of, register
 from dst.methods.sample import group_by_shape
@@ -25,6 +24,7 @@ from dst.observe import gradient_on, observe
 from tests import tiny
 from tests.executions import ONE, close, structure
 from tests.executions import dense as kernels_of
+from tests.pages import code
 
 SHAPE = (4, 6, 3)  # sequences
 X = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
@@ -41,11 +41,9 @@ def registry():
 @pytest.fixture
 def page(registry, monkeypatch):
     """What the code on the page of `dst.layers` defines."""
-    lines = [a for a in kinds.__doc__.splitlines() if not a or a.startswith("    ")]
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
-    code = textwrap.dedent("\n".join(lines))
-    exec(compile(code, kinds.__file__, "exec", dont_inherit=True), vars(module))
+    exec(compile(code(kinds), kinds.__file__, "exec", dont_inherit=True), vars(module))
     return vars(module)
 
 

@@ -36,4 +36,4 @@ def covered(layer: Layer, values: Any, x: Any) -> bool:
     XLA fails to compile their layout for a map of no images.
     """
     floats = layer.convolves and x.dtype == jnp.float32 and compiled(values)
-    return floats and max(layer.shape[:2]) <= kernels.MOST_TAPS and x.size > 0
+    return floats and max(layer.places) <= kernels.MOST_TAPS and x.size > 0
