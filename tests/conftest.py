@@ -89,6 +89,14 @@ def compiled_once():
         yield
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Runs of a test draw nothing, half of the time of a short one; those of fixtures do."""
+    from dst.training import figures
+
+    monkeypatch.setattr(figures, "plot", lambda workdir: None)
+
+
 @pytest.fixture(params=["pure", "compiled"])
 def tier(request, monkeypatch):
     """Both tiers of sparse execution; on a machine without a compiler there is one."""

@@ -21,7 +21,7 @@ from dst.training import checkpoint, loop, train
 from dst.training.log import read
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "no_figures")
 
 
 def small(**overrides):
