@@ -12,7 +12,7 @@ run: .venv/.run
 	$(BIN)/python -m dst.main --config=configs/digits_mlp.py
 
 test: .venv/.test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ test starts has compiled, the others find.
 
 import atexit
 import gc
+import hashlib
 import os
 import shutil
 import tempfile
@@ -31,6 +32,19 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# The longest files, from 100 to 30 seconds of a CPU; `make test` gives files out in this order.
+FIRST = (
+    *("notebooks", "same_choices", "train", "rewire", "hosts", "explore", "every_method"),
+    *("sparse", "arrivals", "layers", "blockwise", "fusion", "parallel", "chain", "sweep"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: what the last worker still has to do when the others are done is short."""
+    order = {f"test_{name}.py": n for n, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """A process that keeps the programs of all modules runs out of memory maps, and XLA crashes."""
@@ -40,21 +54,29 @@ def _forget_programs():
 
 @pytest.fixture(scope="module")
 def compiled_once():
-    """Whole runs of equal configs, one after the other in a module, share their compiled steps.
+    """Whole runs in a module share the compiled steps of what is the same to the last byte.
 
-    Each would trace and lower them again, which takes longer than the steps themselves.
+    Each would trace and lower them again, which takes longer than the steps themselves. The key is
+    all that they are made of: the config without what they do not read, from which optimizer and
+    method follow, the network, the data, the devices, the way of looping and the kernels.
     """
     from dst.config import OPERATIONAL
+    from dst.connections.backends import cpp
     from dst.training import steps, train
+
+    def digest(part):
+        if isinstance(part, np.ndarray):
+            return part.shape, part.dtype.str, hashlib.sha256(part.tobytes()).hexdigest()
+        return repr(part)
 
     def once(make, free):
         made = {}
 
         def remembered(config, dataset, net, *rest):
-            fields = {f: v for f, v in config.items() if f not in free}
-            sizes = [len(part) for part in rest if isinstance(part, list | np.ndarray)]
-            looped = steps.looped(jax.devices())
-            key = repr((sorted(fields.items()), sizes, looped))
+            fields = sorted((f, v) for f, v in config.items() if f not in free)
+            own = [part for part in rest if isinstance(part, list | np.ndarray)]
+            where = steps.looped(jax.devices()), cpp.available()
+            key = (where, *map(digest, [fields, net, *dataset, *own]))
             if key not in made:
                 made[key] = make(config, dataset, net, *rest)
             return made[key]

@@ -68,7 +68,12 @@ def subset(key, f, g, mask, asked, size, rounds=40, chunk=CHUNK, block=SHAPE[0],
     )
 
 
-@functools.partial(jax.jit, static_argnames=("most", "chunk"))
+# A thousand subsets take longer to draw than the program to optimise.
+@functools.partial(
+    jax.jit,
+    static_argnames=("most", "chunk"),
+    compiler_options={"xla_backend_optimization_level": 3},
+)
 def many(keys, f, g, mask, asked, most, chunk):
     return jax.lax.map(lambda key: subset(key, f, g, mask, asked, most, chunk=chunk)[0], keys)
 

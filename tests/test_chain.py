@@ -15,6 +15,7 @@ from dst.methods.lottery import winning
 from dst.training import checkpoint, log, loop, steps, train
 from tests.test_train import result, small
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 N = 64 * 32 + 32 * 10  # possible connections of the small network
 LEVELS = (0.0, 0.5, 0.9)
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from dst.connections.backends import cpp as kernels
 from dst.layers import Conv
-from tests import levels
 from tests.convolutions import activation, expected, gradient, make, near
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
@@ -147,11 +146,6 @@ def test_any_convolution_matches_a_float64_one(threads, **geometry):
     )
     if min(layer.output_sides(geometry["sides"])) > 0:
         check(make(**geometry), threads)
-
-
-@pytest.mark.parametrize("level", ["baseline", "v3"])
-def test_every_instruction_set_computes_the_convolutions(level):
-    levels.again(level, __file__, "match_float64")
 
 
 def test_any_number_of_threads_gives_the_same_bits():

@@ -1,5 +1,6 @@
 """The table of experiments/cost.py: schedules integrated slowly, committed logs, all methods."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,10 @@ def test_xla_plans_little_for_a_truly_sparse_step_and_nothing_for_a_method_that_
     assert float(snip_step) > 3 and rest == ["–", "–", "–"]
 
 
-def test_logs_of_methods_without_a_heuristic_are_read():
+def test_logs_of_methods_without_a_heuristic_are_read(tmp_path):
     """Their resolved heuristic is "", which no user may ask for."""
-    runs = cost.logged([RESULTS / "runs"], "vgg")
+    for folder in (RESULTS / "runs").glob("*-vgg-*"):
+        if "-snip-" in folder.name or "-granet-" in folder.name:
+            shutil.copytree(folder, tmp_path / folder.name)
+    runs = cost.logged([tmp_path], "vgg")
     assert len(runs["snip", 0.98]) == 2 and len(runs["granet", 0.98]) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dst import hosts
+from dst import hosts, main
 from dst.errors import ConfigError
 from dst.training import launch, train
 from tests.test_train import result, small
@@ -39,9 +39,9 @@ RUN = [
 STEPS = 88
 
 
-def start(*args: str, devices: int = 1, sent: int = 0, at: int = -1) -> subprocess.Popen:
-    """A process with so many devices of its own, to which a signal is sent at a step."""
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+def start(*args: str, sent: int = 0, at: int = -1) -> subprocess.Popen:
+    """A process with a device of its own, to which a signal is sent at a step."""
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     program = [sys.executable, "-c", PROGRAM, str(sent), str(at), *RUN, *args]
     return subprocess.Popen(program, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
@@ -65,9 +65,9 @@ def two(first: str, second: str, **signals: int) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """One process with two devices."""
+    """One process, this one, with two devices."""
     workdir = tmp_path_factory.mktemp("one")
-    assert end(start(f"--workdir={workdir}", devices=2))[0][0] == 0
+    assert main.main(["dst", *RUN, "--config.devices=2", f"--workdir={workdir}"]) == 0
     return workdir
 
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dst.connections.backends import cpp as kernels
-from tests import levels
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
 examples = settings(max_examples=30, deadline=None)
@@ -115,11 +114,6 @@ def test_nothing_is_returned_before_all_threads_are_done():
     for again in range(100):
         got = products((1, -2)[again % 2] * x)
         jax.tree.map(np.testing.assert_array_equal, got, expected[again % 2])
-
-
-@pytest.mark.parametrize("level", ["baseline", "v3"])
-def test_every_instruction_set_computes_the_products(level):
-    levels.again(level, __file__, "products_")
 
 
 @examples

@@ -10,7 +10,6 @@ import pytest
 
 from dst.connections.backends import cpp as kernels
 from dst.connections.backends import maps
-from tests import levels
 from tests.convolutions import near, normal
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
@@ -145,11 +144,6 @@ def test_the_gradient_of_a_join_is_written_in_place_if_it_may_be():
     call = jax.jit(maps.join_backward, donate_argnums=0)
     for got, want in zip(call(ga, gb, z, y), wanted, strict=True):
         np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.parametrize("level", ["baseline", "v3"])
-def test_every_instruction_set_computes_the_maps(level):
-    levels.again(level, __file__, "xla or float64 or first or nan or channel")
 
 
 def test_wrong_arguments_are_named():

@@ -106,14 +106,16 @@ def test_snfs_follows_the_dense_gradient(options):
     state, total = parts.state, None
     model, (x, y) = parts.net.model, parts.batch
 
-    def value(params, state):
+    @jax.jit
+    @jax.grad
+    def gradient(params, stats):
         apply = lambda x, train: model.apply(  # noqa: E731
-            {"params": params, **state.batch_stats}, x, train=train, mutable=["batch_stats"]
+            {"params": params, **stats}, x, train=train, mutable=["batch_stats"]
         )[0]
         return tiny.loss(apply, (x, y))[0]
 
     for _ in range(2):
-        g = tiny.kernels(jax.grad(value)(state.params, state), state)
+        g = tiny.kernels(gradient(state.params, state.batch_stats), state)
         total = g if total is None else {p: mu * total[p] + g[p] for p in g}
         state, _ = update(state, parts.batch)
     for path, v in state.method["momentum"].items():
