@@ -106,7 +106,7 @@ def test_a_layer_may_have_more_than_2_to_the_32_possible_connections():
         np.testing.assert_array_equal(np.sort(at), corners)
         np.testing.assert_array_equal(values[here], weights[np.searchsorted(corners, at)])
         np.testing.assert_array_equal(arena.counts(), [2, 5])
-        assert int(arena.dead_units(parts[1])) == n - 3  # outputs 0, 3 and the last
+        assert int(arena.dead_units()[parts[1].layer.path]) == n - 3  # outputs 0, 3 and the last
 
 
 def test_layers_must_come_in_the_order_of_their_parts_and_all_of_them():
@@ -129,8 +129,9 @@ def test_counts_dead_units_and_rows_are_those_of_the_masks(seed, connections, bl
     rows = rows_of(arena.pointer, connections)
     assert rows.dtype == jnp.int32
     np.testing.assert_array_equal(rows, [row for row, _ in order])
+    dead = arena.dead_units()
     for part, mask, here in zip(parts, case.masks, own, strict=True):
-        assert int(arena.dead_units(part)) == np.count_nonzero(~mask.any(0))
+        assert int(dead[part.layer.path]) == np.count_nonzero(~mask.any(0))
         pointer = np.asarray(arena.pointer_of(part))
         assert pointer.shape == (part.rows + 1,)
         assert (pointer[0], pointer[-1]) == (here.start, here.stop)

@@ -113,7 +113,6 @@ CASES = {
 }
 
 
-@pytest.mark.every_level
 @pytest.mark.parametrize("name", CASES)
 def test_convolutions_match_float64_ones(name):
     given, options = CASES[name]

@@ -244,7 +244,7 @@ def test_a_rewire_sees_the_same_in_a_fused_model():
                 return jnp.sum(weight * y)
 
             maps = {path: layer for path, layer in one.layers.items() if isinstance(layer, Conv)}
-            _, sums = probes.observe_and_sum({}, maps, loss)
+            _, sums = probes.observe_and_sum({}, maps, loss, reads_maps=True)
             return sums, probes.gradient_on(one.layers, loss, S)
 
         found.append(jax.jit(look)(state.params))

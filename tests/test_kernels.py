@@ -79,7 +79,6 @@ def check_products(seed, sizes, block, density, B):
         close(gradient[own], kept[own] + pairs, B)
 
 
-@pytest.mark.every_level
 @examples
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -95,7 +94,6 @@ def test_products_match_dense_float64_ones(seed, sizes, block, density, B, threa
         check_products(seed, sizes, block, density, B)
 
 
-@pytest.mark.every_level
 def test_products_of_a_layer_large_enough_for_all_threads():
     check_products(0, [(700, 600)], 256, 0.1, 128)
 

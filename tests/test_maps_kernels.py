@@ -69,7 +69,6 @@ def sums_of(du, y):
     return np.stack([du.sum((0, 1, 2)), (du * y).sum((0, 1, 2))])
 
 
-@pytest.mark.every_level
 @pytest.mark.parametrize("shape", SHAPES)
 def test_maps_are_those_of_xla_with_ties(shape):
     data = exact(0, shape)
@@ -81,7 +80,6 @@ def test_maps_are_those_of_xla_with_ties(shape):
             np.testing.assert_array_equal(found[i], np.asarray(expected))
 
 
-@pytest.mark.every_level
 def test_real_maps_match_float64_ones():
     rng = np.random.default_rng(1)
     shape = N, H, W, C = SHAPES[1]
@@ -93,7 +91,6 @@ def test_real_maps_match_float64_ones():
     near(z, np.maximum(wide + r, 0), 1e-6)
 
 
-@pytest.mark.every_level
 def test_the_first_of_equal_maxima_gets_the_gradient():
     """All 256 windows of four values that are negative, 0 or one of two positive ones."""
     values = np.float32([-1, 0, 1, 2])
@@ -107,7 +104,6 @@ def test_the_first_of_equal_maxima_gets_the_gradient():
     np.testing.assert_array_equal(sums[:, 0], [first.sum(), (first * flat).sum()])
 
 
-@pytest.mark.every_level
 def test_nan_goes_forwards_to_where_it_belongs_and_nowhere_else():
     """In every place of a window, in a vector and in the remainder, in y and in r."""
     shape = SHAPES[1]
@@ -168,7 +164,6 @@ def test_wrong_arguments_are_named():
             call()
 
 
-@pytest.mark.every_level
 @pytest.mark.parametrize("batch", [3, 37])
 def test_channels_are_summed_in_double(batch):
     rng = np.random.default_rng(10)

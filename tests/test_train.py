@@ -139,7 +139,7 @@ train.train(small(execution={execution!r}), {workdir!r})
 """
 
 
-@pytest.mark.parametrize("run", ["masked"], indirect=True)
+@pytest.mark.parametrize("run", ["sparse"], indirect=True)
 def test_sigkill_in_a_save_changes_no_bit(run, uninterrupted, tmp_path):
     """The process is gone while Orbax writes the checkpoint of step 21; another one goes on."""
     script = KILL.format(root=str(ROOT), workdir=str(tmp_path), **run.keywords)
