@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import provenance, sweep
+from experiments import methods, provenance, sweep
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -53,7 +53,7 @@ def test_the_results_are_those_of_the_committed_logs():
     assert table and table[1] == done.stdout.strip()
 
 
-MARKED = r"<!-- python -m experiments.(\w+) (.*?) -->\n(.*?)\n<!--"
+MARKED = r"<!-- python -m experiments.(\w+) ([^\n]*?) -->\n(.*?)\n<!--"
 EXPERIMENTS = re.findall(MARKED, README, re.DOTALL)
 
 
@@ -64,6 +64,12 @@ def test_the_tables_are_those_of_the_committed_logs(name, arguments, table, monk
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
     options, results = sweep.results(experiment, shlex.split(arguments))
     assert results and experiment.table(options, results) == table
+
+
+def test_the_methods_are_those_of_the_registry():
+    """The table of methods is what `experiments/methods.py` prints."""
+    table = re.search(r"<!-- python -m experiments.methods -->\n(.*?)\n<!--", README, re.DOTALL)
+    assert table and table[1] == methods.table()
 
 
 def test_it_is_told_how_each_run_was_made():

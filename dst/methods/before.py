@@ -286,7 +286,6 @@ class Before(NamedTuple):
     words: float  # of 4 bytes a possible connection while it scores
     gradients: int  # of the dense network for each example; 0: it needs no data
     reads: tuple[str, ...] = ()  # fields of `Method`
-    passes: str = ""  # in words, for a table
 
 
 # Weights, gradient and scores; for GraSP H g too, whose pass has the gradient and its tangent.
@@ -295,13 +294,9 @@ BEFORE = Names(
     "score before training",
     Before,
     dict(
-        snip=Before(by_score(snip, 1, False), 3.0, 1, (), "one over the training set"),
-        grasp=Before(
-            by_score(grasp, 2, True), 4.0, 3, ("temperature",), "two over the training set"
-        ),
-        grasp_abs=Before(
-            by_score(grasp_abs, 2, True), 4.0, 3, ("temperature",), "two over the training set"
-        ),
-        synflow=Before(prune_by_flow, 5.0, 0, ("iterations",), "100 of one image of ones"),
+        snip=Before(by_score(snip, 1, False), 3.0, 1, ()),
+        grasp=Before(by_score(grasp, 2, True), 4.0, 3, ("temperature",)),
+        grasp_abs=Before(by_score(grasp_abs, 2, True), 4.0, 3, ("temperature",)),
+        synflow=Before(prune_by_flow, 5.0, 0, ("iterations",)),
     ),
 )

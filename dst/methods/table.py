@@ -58,6 +58,8 @@ class Row(NamedTuple):
     label: str  # in tables and figures
     source: str = ""
     fields: dict[str, Any] = {}  # noqa: RUF012
+    passes: str = ""  # in words: what it takes beside the steps
+    choice: str = ""  # ours, where sources differ
     to_the_end: bool = False  # explores to the last epoch, where the run does not say otherwise
 
 
@@ -76,20 +78,68 @@ METHODS = Names(
     Row,
     dict(
         dense=Row("Dense"),
-        lottery=Row("Lottery", "Frankle & Carbin, 2019", {"initial": 0.0}),
-        pruning=Row("Pruning", "Zhu & Gupta, 2017", {"initial": 0.0, "drop": "magnitude"}),
-        snip=Row("SNIP", "Lee et al., 2019", {"initial": 0.0, "before": "snip"}),
-        grasp=Row("GraSP", "Wang et al., 2020", {"initial": 0.0, "before": "grasp"}),
+        lottery=Row(
+            "Lottery",
+            "Frankle & Carbin, 2019",
+            {"initial": 0.0},
+            passes="a whole training a level",
+            choice="rewound to step 0; ranked on the last weights; levels 0, 50, 75, 90, 95, 98 %",
+        ),
+        pruning=Row(
+            "Pruning",
+            "Zhu & Gupta, 2017",
+            {"initial": 0.0, "drop": "magnitude"},
+            choice="global, monotone, from step 0; the last update exactly at `rewire_end_epoch`",
+        ),
+        snip=Row(
+            "SNIP",
+            "Lee et al., 2019",
+            {"initial": 0.0, "before": "snip"},
+            passes="one over the training set",
+            choice="BN in train mode, its statistics thrown away; scored weights are trained",
+        ),
+        grasp=Row(
+            "GraSP",
+            "Wang et al., 2020",
+            {"initial": 0.0, "before": "grasp"},
+            passes="two over the training set",
+            choice="the same; T = 200",
+        ),
         grasp_abs=Row(
             "|GraSP|",
             "Lubana & Dick, 2021",
             {"initial": 0.0, "before": "grasp_abs", "temperature": 1.0},
+            passes="two over the training set",
+            choice="|score| of each weight; T = 1, as in their code (`grasp_temperature`)",
         ),
-        synflow=Row("SynFlow", "Tanaka et al., 2020", {"initial": 0.0, "before": "synflow"}),
+        synflow=Row(
+            "SynFlow",
+            "Tanaka et al., 2020",
+            {"initial": 0.0, "before": "synflow"},
+            passes="100 of one image of ones",
+            choice="float64; BN as its positive factor, no biases",
+        ),
         random=Row("Random"),
-        set=Row("SET", "Mocanu et al., 2018", {"drop": "magnitude", "score": "chance"}),
-        rigl=Row("RigL", "Evci et al., 2020", _RIGL),
-        gse=Row("Ours (GSE)", "the paper", _GSE),
+        set=Row(
+            "SET",
+            "Mocanu et al., 2018",
+            {"drop": "magnitude", "score": "chance"},
+            choice="RigL's simplified form, global",
+        ),
+        rigl=Row(
+            "RigL",
+            "Evci et al., 2020",
+            _RIGL,
+            passes="a dense gradient a rewire",
+            choice="just-dropped connections do not return; the SGD step follows",
+        ),
+        gse=Row(
+            "Ours (GSE)",
+            "the paper",
+            _GSE,
+            passes="two a rewire",
+            choice="`heuristic`: also `uniform`, `synflow`; `graest` of Heddes et al., 2024",
+        ),
         gse_v2=Row(
             "GSE v2",
             "Heddes et al., 2024",
@@ -101,6 +151,8 @@ METHODS = Names(
                 "subset_ratio": 1.0,
                 "rounds": 1,
             },
+            passes="one a rewire",
+            choice="|S_l| = |A_l|, drawn once; ER over the unfolded kernel; uniform marginals",
         ),
         snfs=Row(
             "SNFS",
@@ -111,17 +163,27 @@ METHODS = Names(
                 "share": "momentum",
                 "drop_fraction": 0.5,
             },
+            passes="a dense gradient a step",
+            choice="just-dropped connections do not return",
         ),
         dsr=Row(
             "DSR",
             "Mostafa & Wang, 2019",
             {"drop": "threshold", "score": "chance", "share": "survivors"},
+            choice="the target follows the cosine",
         ),
-        deepr=Row("DeepR", "Bellec et al., 2018", {"drop": "sign", "score": "chance"}),
+        deepr=Row(
+            "DeepR",
+            "Bellec et al., 2018",
+            {"drop": "sign", "score": "chance"},
+            choice="`l1` is its alpha, no noise; `rewire_every=1` is its period",
+        ),
         granet=Row(
             "GraNet",
             "Liu et al., 2021",
             _RIGL | {"initial": 0.5, "distribution": "erk", "drop_fraction": 0.5},
+            passes="a dense gradient a rewire",
+            choice="from 50 %, cubic; regrows what it has not just dropped",
         ),
         itop=Row(
             "RigL-ITOP",
@@ -135,6 +197,8 @@ METHODS = Names(
                 "explored": True,
             },
             to_the_end=True,
+            passes="a dense gradient a rewire",
+            choice="RigL every 4000 steps to the last epoch; the log tells the share ever explored",
         ),
     ),
     _check_row,
