@@ -68,7 +68,7 @@ def test_arrows_point_one_way(path):
     ("pattern", "where"),
     [
         (r"isinstance\([^)]*\bArena\)|execution\s*[!=]=\s*[\"']", "connections"),
-        (r"layer\.kind\b|\bkind\s*[!=]=\s*[\"']", "layers"),
+        (r"layer\.kind\b", "layers"),
         (r"\bpmap\(", "update"),
         (r"default_backend\(\)", "connections"),
     ],
