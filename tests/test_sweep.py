@@ -233,7 +233,8 @@ import ray, sys
 from experiments import subset_size, sweep
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 assert sweep.main(subset_size.EXPERIMENT, sys.argv[1:]) == 0
-refused = ["--config.devices=99", "--cpus-per-run=2", sys.argv[-1] + "/refused"]
+refused = ["--config.devices=99", "--cpus-per-run=2", "--seeds", *"012345"]
+refused += [sys.argv[-1] + "/refused"]
 assert sweep.main(subset_size.EXPERIMENT, [*sys.argv[1:], *refused]) == 1
 """
 
@@ -241,7 +242,8 @@ assert sweep.main(subset_size.EXPERIMENT, [*sys.argv[1:], *refused]) == 1
 def test_ray_runs_two_at_once(tmp_path):
     """The same sweep on one node with two workers: same folders, both finished.
 
-    After bad input the rest is called off, here the second of two that follow each other.
+    After bad input the rest is called off, here of six that follow each other; one more may have
+    begun before the first was heard of.
     """
     # A real sweep of static networks on the digits; one epoch is enough.
     arguments = ["--scale=smoke", "--ratios", "1", "--heuristics", "uniform", "--engine=ray"]
@@ -255,7 +257,7 @@ def test_ray_runs_two_at_once(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = [path.read_text() for path in tmp_path.glob("refused/*/output.txt")]
-    assert sum("devices must be at most 1" in text for text in told) == 1
+    assert 1 <= sum("devices must be at most 1" in text for text in told) <= 3
     logs = sorted(tmp_path.glob("*/metrics.jsonl"))
     assert [path.parent.name[-5:] for path in logs] == ["seed0", "seed1"]
     assert all(read(log)[1][-1]["event"] == "end" for log in logs)

@@ -119,11 +119,13 @@ class Arena(struct.PyTreeNode):
         begin, end = (before[self.pointer[bounds[:, n]]] for n in (0, 1))
         return end - begin
 
-    def find(self, l: Array, column: Array, output: Array) -> Array:
+    def find(self, l: Array, column: Array, output: Array, like: Part | None = None) -> Array:
         """Whether layer l has a connection (column, output): int32 (m,) -> bool (m,)."""
-        first, block, n_out = (table(self.parts, f) for f in ("first", "block", "n_out"))
-        row = first[l] + column // block[l] * n_out[l] + output
-        return select.exists(self, row, column)
+        first = table(self.parts, "first")[l]
+        if like is not None:
+            return select.exists(self, like.row(column, output) + first, column)
+        block, n_out = (table(self.parts, field)[l] for field in ("block", "n_out"))
+        return select.exists(self, first + column // block * n_out + output, column)
 
     def without_existing(self, part: Part, row: Array, column: Array, score: Array) -> Array:
         """The scores of a block that begins at (row, column), -1 where a connection exists.

@@ -148,8 +148,11 @@ class Connections(Protocol):
         """How many of each layer's entries are chosen: bool (n,) -> int32 (L,)."""
         ...
 
-    def find(self, l: Array, column: Array, output: Array) -> Array:
-        """Whether layer l has a connection (column, output): int32 (m,) -> bool (m,)."""
+    def find(self, l: Array, column: Array, output: Array, like: Part | None = None) -> Array:
+        """Whether layer l has a connection (column, output): int32 (m,) -> bool (m,).
+
+        `like` is a part of l's shape, where it is known: what is static divides faster.
+        """
         ...
 
     def without_existing(self, part: Part, row: Array, column: Array, score: Array) -> Array:

@@ -147,10 +147,10 @@ class Masks(Mapping[str, Array]):
         of = self.split_by_layer(chosen)
         return jnp.stack([part.sum(dtype=jnp.int32) for part in of.values()])
 
-    def find(self, l: Array, column: Array, output: Array) -> Array:
+    def find(self, l: Array, column: Array, output: Array, like: Part | None = None) -> Array:
         """Whether layer l has a connection (column, output): int32 (m,) -> bool (m,)."""
-        start, n_out = (jnp.asarray(a) for a in (self._starts, self._outputs))
-        return self.exists[start[l] + column * n_out[l] + output]
+        n_out = jnp.asarray(self._outputs)[l] if like is None else like.n_out
+        return self.exists[jnp.asarray(self._starts)[l] + column * n_out + output]
 
     @functools.cached_property
     def _starts(self) -> np.ndarray:

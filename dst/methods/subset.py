@@ -108,7 +108,7 @@ def hold(
 
     def member(given: tuple) -> tuple[Array, Array]:
         l, f, g = given
-        there = lambda column, output: A.find(l, column, output)  # noqa: E731
+        there = lambda column, output: A.find(l, column, output, part)  # noqa: E731
         own, active = jax.random.fold_in(key, l), A.counts()[l]
         return hold_subset(how, group[0], part, own, (f, g), wanted[l], active, there)
 
@@ -202,7 +202,7 @@ class Search:
                 (f[m], g[m]),
                 self.wanted[l],
                 self.A.counts()[l],
-                lambda column, output: self.A.find(l, column, output),
+                lambda column, output: self.A.find(l, column, output, part),
                 visit,
                 (tally.found, tally.finite),
             )
