@@ -168,13 +168,12 @@ def test_one_round_is_as_many_arrivals_as_are_asked_for():
 def test_pairs_of_a_very_large_layer_are_numbered_in_32_bits():
     """2^20 x 2^20: every bucket's pairs are told apart, up to the last column and output."""
     n = 2**20
-    part = Part(Dense("layer", (n, n)), 512, 0)
     f = cumulative_shares(jnp.zeros(n).at[jnp.array([0, 5, 600, n - 1])].set(1.0))
     g = cumulative_shares(jnp.zeros(n).at[jnp.array([0, 9, n - 1])].set(1.0))
     none = lambda column, output: jnp.zeros(column.shape, bool)  # noqa: E731
-    layer = arrivals.large(jax.random.key(0), 0, part, 512, f, g, none)._replace(
-        rate=jnp.float32(300)
-    )
+    layer = arrivals.large(
+        jax.random.key(0), 0, arrivals.Sizes(n, n, 512), 512, f, g, none
+    )._replace(rate=jnp.float32(300))
 
     def see(carry, pairs):
         new = jnp.stack([pairs.column, pairs.output])
@@ -202,10 +201,10 @@ def test_by_chance_every_connection_of_the_network_is_as_likely(dense):
         def visit(times, pairs, chosen):
             return times.at[at(pairs.l, pairs.column, pairs.output)].add(chosen.astype(jnp.int32))
 
-        groups, active = sample.group_by_shape(parts), mask.sum(dtype=jnp.int32)
+        active = mask.sum(dtype=jnp.int32)
         exists = lambda *pair: mask[at(*pair)]  # noqa: E731
         return sample.fold_by_chance(
-            64, size, groups, parts, key, jnp.int32(size), active, exists, visit,
+            64, size, parts, key, jnp.int32(size), active, exists, visit,
             jnp.zeros(mask.size, jnp.int32),
         )  # fmt: skip
 
@@ -221,6 +220,29 @@ def test_by_chance_every_connection_of_the_network_is_as_likely(dense):
     share, N = free[: start[1]].sum() / free.sum(), free.sum()
     exact = size * share * (1 - share) * (N - size) / (N - 1)  # of the hypergeometric law
     assert abs(in_first.var() / exact - 1) < 5 * np.sqrt(2 / TRIALS)
+
+
+def test_layers_of_one_input_or_one_output_are_sampled_too():
+    """Their buckets could hold 2^31 outputs, which is one more than an int32 can say."""
+    parts = [Part(Dense(f"layer{l}", s), s[0], 0) for l, s in enumerate(((1, 3000), (60, 1)))]
+
+    def visit(times, pairs, chosen):
+        at = 3000 * pairs.l + pairs.column + pairs.output
+        return times.at[at].add(chosen.astype(jnp.int32))
+
+    none = lambda l, column, output: jnp.zeros(column.shape, bool)  # noqa: E731
+    times, count = sample.fold_by_chance(
+        64,
+        20,
+        parts,
+        jax.random.key(0),
+        jnp.int32(20),
+        jnp.int32(0),
+        none,
+        visit,
+        jnp.zeros(3060, jnp.int32),
+    )
+    assert count == times.sum() == 20 and times.max() == 1
 
 
 @pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
@@ -241,9 +263,10 @@ def test_both_tiers_find_the_same_pairs(seed, block):
         f,
         g,
         rng.integers(2**32, size=SHAPE[1], dtype=np.uint32),
+        np.uint32(block),
     )
-    pure = jax.jit(arrivals.pairs_of, static_argnums=6)(*given, block)
-    for one, other in zip(kernels.arrivals(*given, block), pure, strict=True):
+    pure = jax.jit(arrivals.pairs_of)(*given)
+    for one, other in zip(kernels.arrivals(*given), pure, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
 

@@ -19,7 +19,7 @@ from jax import lax
 
 from dst.connections.backends import cpp as kernels
 from dst.connections.backends.dispatch import on_cpu
-from dst.connections.base import Part, lowest
+from dst.connections.base import lowest
 from dst.connections.hashing import hashed, mix, salts
 from dst.methods.units import scaled, unit_at
 
@@ -42,26 +42,34 @@ class Pairs(NamedTuple):
     valid: Array  # bool (n,)
 
 
+class Sizes(NamedTuple):
+    """Of a layer; static, or traced, so that one program serves layers of many shapes."""
+
+    n_in: Array | int  # columns
+    n_out: Array | int
+    block: Array | int  # columns of a block
+
+
 class Large(NamedTuple):
-    """A layer, and how its pairs arrive."""
+    """A layer, and how its pairs arrive; f, g and salt may be longer than it has units."""
 
     key: Array
     l: Array  # int32 ()
-    part: Part  # static
+    sizes: Sizes
     chunk: int  # static: pairs of a bucket, at most
-    f: Array  # uint32 (columns,), cumulative shares
-    g: Array  # uint32 (n_out,)
-    salt: Array  # uint32 (n_out,)
+    f: Array  # uint32, cumulative shares of the columns
+    g: Array  # uint32, and of the outputs
+    salt: Array  # uint32, of each output
     exists: Exists
     rate: Array  # float32 (), M: arrivals to expect of the layer
 
 
 def large(
-    key: Array, l: Array | int, part: Part, chunk: int, f: Array, g: Array, exists: Exists
+    key: Array, l: Array | int, sizes: Sizes, chunk: int, f: Array, g: Array, exists: Exists
 ) -> Large:
     """The layer, at which nothing arrives yet; `f` and `g` are cumulative shares."""
-    salt = salts(key, SALT_STREAM, part.n_out)
-    return Large(key, jnp.int32(l), part, chunk, f, g, salt, exists, jnp.float32(0))
+    salt = salts(key, SALT_STREAM, g.size)
+    return Large(key, jnp.int32(l), sizes, chunk, f, g, salt, exists, jnp.float32(0))
 
 
 def _before(cumulative: Array, n: Array) -> Array:
@@ -88,13 +96,14 @@ def _bucket(layer: Large, b: Array, a: Array) -> tuple[Array, Array]:
     its rate. So that more than a chunk arrive only once in a billion buckets, six standard
     deviations are left free; what does not fit is left out.
     """
-    room = layer.chunk - 6 * math.sqrt(layer.chunk)
-    most = 2**31 // layer.part.n_in  # a bucket's pairs are numbered in 32 bits
-    ends = jnp.minimum(_reach(layer.g, b, room / layer.rate), b + most)
+    room, (n_in, n_out, _) = layer.chunk - 6 * math.sqrt(layer.chunk), layer.sizes
+    most = jnp.uint32(2**31) // jnp.uint32(n_in)  # a bucket's pairs are numbered in 32 bits
+    end = b + jnp.minimum(most, (n_out - b).astype(jnp.uint32)).astype(jnp.int32)
+    ends = jnp.minimum(_reach(layer.g, b, room / layer.rate), end)
     row = jnp.maximum(layer.rate * _share(layer.g, b, b + 1), 1e-30)
-    some = jnp.clip(_reach(layer.f, a, room / row), a + 1, layer.part.n_in)
+    some = jnp.clip(_reach(layer.f, a, room / row), a + 1, n_in)
     whole = (a == 0) & (ends > b)
-    return jnp.where(whole, ends, b + 1), jnp.where(whole, layer.part.n_in, some)
+    return jnp.where(whole, ends, b + 1), jnp.where(whole, n_in, some)
 
 
 def _arrivals(layer: Large, b: Array, a: Array, b_end: Array, a_end: Array) -> Pairs:
@@ -106,16 +115,21 @@ def _arrivals(layer: Large, b: Array, a: Array, b_end: Array, a_end: Array) -> P
     count = jax.random.poisson(jax.random.key(seed, impl="threefry2x32"), expected)
     random = jax.random.bits(jax.random.fold_in(key, 1), (2, layer.chunk), jnp.uint32)
     bounds = jnp.stack([b, b_end, a, a_end])
-    given = random, jnp.minimum(count, layer.chunk), bounds, layer.f, layer.g, layer.salt
-    if on_cpu():
-        column, output, time, valid = kernels.arrivals(*given, layer.part.block)
-    else:
-        column, output, time, valid = pairs_of(*given, layer.part.block)
+    draw = kernels.arrivals if on_cpu() else pairs_of
+    column, output, time, valid = draw(
+        random,
+        jnp.minimum(count, layer.chunk),
+        bounds,
+        layer.f,
+        layer.g,
+        layer.salt,
+        jnp.uint32(layer.sizes.block),
+    )
     return Pairs(layer.l, column, output, time, valid & ~layer.exists(column, output))
 
 
 def pairs_of(
-    random: Array, count: Array, bounds: Array, f: Array, g: Array, salt: Array, block: int
+    random: Array, count: Array, bounds: Array, f: Array, g: Array, salt: Array, block: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Column, output, time and validity of a bucket's distinct pairs, of `count` that arrive.
 
@@ -128,8 +142,8 @@ def pairs_of(
     )
     output = unit_at(g, g0 + scaled(random[0], g1 - g0))
     column = unit_at(f, f0 + scaled(random[1], f1 - f0))
-    rows, width = (b_end - b).astype(jnp.uint32), np.uint32(block)
-    number = numbered(column, output - b, rows, width)
+    rows = (b_end - b).astype(jnp.uint32)
+    number = numbered(column, output - b, rows, block)
     number = lax.sort(jnp.where(jnp.arange(n) < count, number, LAST), is_stable=False)
     first = jnp.append(jnp.ones(1, bool), number[1:] != number[:-1])
     at = jnp.where(first, jnp.cumsum(first, dtype=jnp.int32) - 1, n)
@@ -137,7 +151,7 @@ def pairs_of(
     begin = jnp.full(n + 1, n, jnp.int32).at[at].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
     number = jnp.append(number, LAST)[begin[:n]]
     valid, times = number != LAST, jnp.minimum(jnp.diff(begin), 256)
-    column, row = pair_of(number, rows, width)
+    column, row = pair_of(number, rows, block)
     column, output = jnp.where(valid, column, a), jnp.where(valid, row, 0) + b
     hashes = hashed(salt[output], column)
 
@@ -169,29 +183,29 @@ def sweep(layer: Large, see: Callable[[Any, Pairs], Any], carry: Any) -> Any:
         b, a, carry = at
         b_end, a_end = _bucket(layer, b, a)
         carry = see(carry, _arrivals(layer, b, a, b_end, a_end))
-        done = a_end == layer.part.n_in
+        done = a_end == layer.sizes.n_in
         return jnp.where(done, b_end, b), jnp.where(done, 0, a_end), carry
 
     start = jnp.int32(0), jnp.int32(0), carry
-    return lax.while_loop(lambda at: at[0] < layer.part.n_out, one, start)[2]
+    return lax.while_loop(lambda at: at[0] < layer.sizes.n_out, one, start)[2]
 
 
 def enumerate_pairs(layer: Large, see: Callable[[Any, Pairs], Any], carry: Any) -> Any:
     """Folds `see(carry, pairs)` over every inactive pair, in the order of their hashes as times."""
-    part, width = layer.part, np.uint32(layer.part.block)
-    total = part.rows * part.block
-    rows = np.uint32(part.n_out)
+    n_in, n_out, block = (jnp.uint32(n) for n in layer.sizes)
+    total = (n_in + block - 1) // block * block * n_out
 
     def one(n, carry):
         number = (n * layer.chunk + jnp.arange(layer.chunk, dtype=jnp.int32)).astype(jnp.uint32)
-        column, output = pair_of(number, rows, width)
-        inside = (number < total) & (column < part.n_in)
+        column, output = pair_of(number, n_out, block)
+        inside = (number < total) & (column < layer.sizes.n_in)
         column, output = jnp.where(inside, column, 0), jnp.where(inside, output, 0)
         valid = inside & ~layer.exists(column, output)
         time = hashed(layer.salt[output], column)
         return see(carry, Pairs(layer.l, column, output, time, valid))
 
-    return lax.fori_loop(0, -(-total // layer.chunk), one, carry)
+    chunks = (total + np.uint32(layer.chunk - 1)) // np.uint32(layer.chunk)
+    return lax.fori_loop(0, chunks.astype(jnp.int32), one, carry)
 
 
 def pilot(layer: Large, asked: Array, rounds: int) -> Array:
@@ -261,11 +275,23 @@ def earliest(
     walk(see, carry) folds `see(carry, pairs)` over the same pairs at every call; time is cut into
     `count` intervals. Also |S|.
     """
-    counted = walk(count_times, jnp.zeros(count, jnp.int32))
 
-    def see(both: Any, pairs: Pairs) -> Any:
-        cut, chosen = choose(both[0], pairs, count)
-        return cut, visit(both[1], pairs, chosen)
+    def once(n: Array, so_far: tuple) -> tuple:
+        counted, carry = so_far
 
-    _, carry = walk(see, (cut_of(counted, asked), carry))
+        def see(so_far: Any, pairs: Pairs) -> Any:
+            def count(counted, cut, carry):
+                return count_times(counted, pairs), cut, carry
+
+            def hand_on(counted, cut, carry):
+                cut, chosen = choose(cut, pairs, counted.size)
+                return counted, cut, visit(carry, pairs, chosen)
+
+            return lax.cond(n == 0, count, hand_on, *so_far)
+
+        counted, _, carry = walk(see, (counted, cut_of(counted, asked), carry))
+        return counted, carry
+
+    # One loop, so that what draws the pairs is compiled once.
+    counted, carry = lax.fori_loop(0, 2, once, (jnp.zeros(count, jnp.int32), carry))
     return carry, jnp.minimum(counted.sum(), asked)

@@ -23,7 +23,7 @@ from dst.methods.arrivals import Pairs
 from dst.methods.base import Method
 from dst.methods.drop import DROPS
 from dst.methods.plan import Plan
-from dst.methods.sample import fold_by_chance, group_by_shape, sampling
+from dst.methods.sample import fold_by_chance, sampling
 from dst.network import Network
 from dst.state import SparseState
 from dst.update import AXIS, CHANCE_STREAM, REWIRE_STREAM, Loss, all_finite, run_loss, stream
@@ -124,9 +124,9 @@ def by_chance_alone(net: Network, method: Method, planned: Plan, loss: Loss) -> 
             return best(found, Candidates(row, column, jnp.where(chosen, score, -1)), P, salt)
 
         empty = no_candidates(most, A.weights(state.params).dtype)
-        groups, key = group_by_shape(A.parts), stream(state, REWIRE_STREAM)
+        key = stream(state, REWIRE_STREAM)
         found, count = fold_by_chance(
-            how.chunk, most, groups, A.parts, key, P, A.total, A.find, visit, empty
+            how.chunk, most, A.parts, key, P, A.total, A.find, visit, empty
         )
         return Sample(found, P, count, jnp.bool_(True))
 

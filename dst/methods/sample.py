@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst.connections.base import Part
+from dst.connections.base import Part, table
 from dst.methods import arrivals
 from dst.methods.arrivals import LAST, Exists, Pairs
 from dst.methods.base import Method
@@ -89,7 +89,8 @@ def fold_subset(
         return visit(carry, pairs, pairs.valid), valid.sum(dtype=jnp.int32)
     possible = (f.max() > 0) & (g.max() > 0)
     columns, outputs = cumulative_shares(jnp.tile(f, part.n_in // f.size)), cumulative_shares(g)
-    layer = arrivals.large(key, l, part, how.chunk, columns, outputs, exists)
+    sizes = arrivals.Sizes(part.n_in, part.n_out, part.block)
+    layer = arrivals.large(key, l, sizes, how.chunk, columns, outputs, exists)
     rate = jnp.where(possible, arrivals.pilot(layer, asked, how.rounds), 0)
     layer = layer._replace(rate=rate)
 
@@ -142,7 +143,6 @@ def _sorted(part: Part, S: Array, valid: Array) -> Pairs:
 def fold_by_chance(
     chunk: int,
     most: int,
-    groups: list[list[int]],
     parts: Sequence[Part],
     key: Array,
     asked: Array,
@@ -153,8 +153,8 @@ def fold_by_chance(
 ) -> tuple[Any, Array]:
     """Folds `visit(carry, pairs, in S)` over `asked` inactive connections of the network by chance.
 
-    Every set of them, of all layers together, is equally likely. `groups` are layers of one shape,
-    `key` and `active` the network's; asked <= `most`. Also how many there were.
+    Every set of them, of all layers together, is equally likely. `key` and `active` are the
+    network's; asked <= `most`. Also how many there were.
     """
     possible = sum(part.layer.size for part in parts)
     enough = lambda n: n + 6 * n**0.5 + 10  # noqa: E731
@@ -164,24 +164,23 @@ def fold_by_chance(
     share = jnp.minimum(enough(asked.astype(jnp.float32)) / jnp.maximum(inactive, 1), 0.999)
     rate = -jnp.log1p(-share)  # of each pair
 
-    def over(group: list[int], see: Callable, carry: Any) -> Any:
-        part, index = parts[group[0]], jnp.asarray(group, jnp.int32)
-        f, g = (cumulative_shares(jnp.ones(n)) for n in (part.n_in, part.n_out))
-
-        def member(m: Array, carry: Any) -> Any:
-            l = index[m]
-            there = lambda column, output: exists(l, column, output)  # noqa: E731
-            layer = arrivals.large(jax.random.fold_in(key, l), l, part, chunk, f, g, there)
-            layer = layer._replace(rate=rate * part.layer.size)
-            fold = arrivals.enumerate_pairs if all_pairs else arrivals.sweep
-            return fold(layer, see, carry)
-
-        return lax.fori_loop(0, len(group), member, carry)
+    n_in, n_out, block = (table(parts, field) for field in ("n_in", "n_out", "block"))
+    widest, longest = (max(getattr(part, n) for part in parts) for n in ("n_in", "n_out"))
 
     def walk(see: Callable, carry: Any) -> Any:
-        for group in groups:
-            carry = over(group, see, carry)
-        return carry
+        def one(l: Array, carry: Any) -> Any:
+            f, g = (
+                cumulative_shares((jnp.arange(most) < n[l]).astype(jnp.float32))
+                for most, n in ((widest, n_in), (longest, n_out))
+            )
+            there = lambda column, output: exists(l, column, output)  # noqa: E731
+            sizes = arrivals.Sizes(n_in[l], n_out[l], block[l])
+            layer = arrivals.large(jax.random.fold_in(key, l), l, sizes, chunk, f, g, there)
+            pairs = n_in[l].astype(jnp.float32) * n_out[l]
+            fold = arrivals.enumerate_pairs if all_pairs else arrivals.sweep
+            return fold(layer._replace(rate=rate * pairs), see, carry)
+
+        return lax.fori_loop(0, len(parts), one, carry)
 
     return arrivals.earliest(walk, visit, asked, arrivals.intervals(chunk), carry)
 

@@ -257,17 +257,18 @@ def exchange(
 
 
 def arrivals(
-    random: Array, count: Array, bounds: Array, f: Array, g: Array, salt: Array, block: int
+    random: Array, count: Array, bounds: Array, f: Array, g: Array, salt: Array, block: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Column, output, time and validity of a bucket's distinct pairs, as `arrivals.pairs_of`.
 
     Shapes: random uint32 (2, n), count int32 () <= n, bounds int32 (4,): first output and the end,
-    first column and the end; cumulative shares f, g and salt uint32 -> int32, uint32, bool (n,).
+    first column and the end; cumulative shares f, g and salt uint32, block uint32 () -> int32,
+    int32, uint32, bool (n,).
     """
     n = random.shape[1]
     shapes = [jax.ShapeDtypeStruct((n,), t) for t in (jnp.int32, jnp.int32, jnp.uint32, jnp.bool_)]
     call = kernel("dst_arrivals", shapes)
-    column, output, time, valid = call(random, count, bounds, f, g, salt, block=np.int64(block))
+    column, output, time, valid = call(random, count, bounds, f, g, salt, block)
     return column, output, time, valid
 
 

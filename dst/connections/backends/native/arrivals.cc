@@ -59,11 +59,12 @@ void radix_sort(std::vector<uint32_t>& numbers, std::vector<uint32_t>& other) {
 }
 
 ffi::Error arrivals(ffi::ThreadPool pool, Unsigned random, Ints count, Ints bounds, Unsigned f,
-                    Unsigned g, Unsigned salt, IntResult column, IntResult output,
-                    UnsignedResult time, FlagResult valid, int64_t block) {
+                    Unsigned g, Unsigned salt, Unsigned block, IntResult column,
+                    IntResult output, UnsignedResult time, FlagResult valid) {
   const int64_t chunk = column->element_count();
   const int64_t n_in = f.element_count(), n_out = g.element_count();
-  if (int64_t(random.element_count()) != 2 * chunk || bounds.element_count() != 4 || block < 1) {
+  if (int64_t(random.element_count()) != 2 * chunk || bounds.element_count() != 4 ||
+      block.typed_data()[0] < 1) {
     return ffi::Error::InvalidArgument("dst_arrivals: two random numbers a pair, four bounds.");
   }
   const int32_t* at = bounds.typed_data();
@@ -75,7 +76,7 @@ ffi::Error arrivals(ffi::ThreadPool pool, Unsigned random, Ints count, Ints boun
   const int64_t n = std::clamp<int64_t>(count.typed_data()[0], 0, chunk);
   const Units outputs(g, b, b_end), columns(f, a, a_end);
   const uint32_t *first = random.typed_data(), *second = first + chunk;
-  const uint32_t rows = b_end - b, width = block;
+  const uint32_t rows = b_end - b, width = block.typed_data()[0];
   std::vector<uint32_t> numbers(n), other(n);
   const int64_t parts = (n + kPiece - 1) / kPiece;
   parallel_for(pool, parts, pool.num_threads(), [&](int64_t part) {
@@ -145,11 +146,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstArrivals, dst::arrivals,
                                   .Arg<Unsigned>()
                                   .Arg<Unsigned>()
                                   .Arg<Unsigned>()
+                                  .Arg<Unsigned>()
                                   .Ret<Ints>()
                                   .Ret<Ints>()
                                   .Ret<Unsigned>()
-                                  .Ret<ffi::Buffer<ffi::PRED>>()
-                                  .Attr<int64_t>("block"));
+                                  .Ret<ffi::Buffer<ffi::PRED>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DstExists, dst::exists,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
