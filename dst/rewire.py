@@ -62,9 +62,9 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         S = sample(state, batch, fg, event, salt)
         finite = S.finite & all_finite(w)
         surplus = A.total - target
-        view = View(A, w, salt, state.method)
+        view = View(A, w, jnp.abs(w), salt, state.method)
+        view = view._replace(strength=drop_rule.strength(view))
         eligible, wanted = may_drop(view, event, surplus + G_t)
-        strength = drop_rule.strength(view) if drop_rule.strength else jnp.abs(w)
         # With fewer candidates than |P| fewer are dropped, never more than can grow. If something
         # is not finite nothing moves; this also orders the check before the exchange, or XLA would
         # keep a copy of all weights for it.
@@ -72,7 +72,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         grow = jnp.minimum(left - surplus, S.found.valid.sum(dtype=jnp.int32))
         grow = jnp.where(finite, jnp.clip(grow, 0, most), 0)
         drop = jnp.where(finite, jnp.maximum(jnp.minimum(surplus + grow, left), 0), 0)
-        P = lowest(bits(strength), eligible, drop, lambda: A.hashes(salt))
+        P = lowest(bits(view.strength), eligible, drop, lambda: A.hashes(salt))
         if method.share:
             weights = SHARES[method.share].weights(A, A.exists & ~P, state.method)
             G = shared_out(A, S.found, grow, weights)

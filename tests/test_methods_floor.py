@@ -16,6 +16,7 @@ from dst.connections.base import bits, lowest, row_salts
 from dst.connections.hashing import salts
 from dst.connections.masks import Masks
 from dst.layers import Dense
+from dst.methods import DROPS, Drop, by_magnitude
 from dst.methods.drop import View, unprotected
 from dst.methods.plan import floors, plan
 from dst.training import train
@@ -65,6 +66,21 @@ def test_the_weakest_layer_stops_at_its_floor(name, floor):
     assert sum(active(new).values()) == sum(active(state).values())
 
 
+def test_the_strongest_are_so_by_the_rules_own_strength():
+    """A rule by which large weights are weak: its floor keeps the small ones."""
+    parts, state, _ = run(floor=0.5)
+    small_first = Drop(by_magnitude, floors=True, strength=lambda view: 1 / jnp.abs(view.w))
+    DROPS.register("small_first", small_first)
+    method = parts.method._replace(drop="small_first")
+    step = dst.make_rewire(parts.net, parts.tx, method, loss, devices=jax.local_devices()[:1])
+    new, _ = step(state.replace(step=jnp.int32(2)), parts.batch)
+    DROPS.remove("small_first")
+    for path, least in zip(state.masks, floors(parts.net, method), strict=True):
+        mask = np.asarray(state.masks[path])
+        w, kept = np.abs(kernels(state.params, state)[path])[mask], np.asarray(new.masks[path])
+        assert kept[mask][np.argsort(w)[:least]].all()
+
+
 @pytest.mark.parametrize("name", ["set", "gse"])
 def test_without_a_floor_it_is_emptied(name):
     """The paper's rule; the same network."""
@@ -94,7 +110,8 @@ def dropping(keep, weights, masks, k):
     """What no floor protects, and the k weakest of it."""
     layers = [Dense(f"Dense_{l}", (1, mask.size)) for l, mask in enumerate(masks)]
     A = Masks(layers, {layer.path: m[None] for layer, m in zip(layers, masks, strict=True)})
-    view = View(A, jnp.concatenate(weights), row_salts(A.parts, KEY), {})
+    w = jnp.concatenate(weights)
+    view = View(A, w, jnp.abs(w), row_salts(A.parts, KEY), {})
     loose = unprotected(keep, view)
     return loose, lowest(bits(jnp.abs(view.w)), loose, k)
 

@@ -132,7 +132,7 @@ def protect(arena, magnitude):
     """The strongest, where ties go to the first: all hashes are alike."""
     salt = jnp.zeros(arena.pointer.size - 1, jnp.uint32)
     arena = arena.replace(column=jnp.zeros_like(arena.column))
-    return ~unprotected(np.array([5, 0, 30]), View(arena, magnitude, salt, {}))
+    return ~unprotected(np.array([5, 0, 30]), View(arena, magnitude, magnitude, salt, {}))
 
 
 # --------------------------------------------------------------------------------- where it stands

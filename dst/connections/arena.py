@@ -24,7 +24,7 @@ from flax import struct
 from dst.connections import select
 from dst.connections.backends import cpp
 from dst.connections.backends.dispatch import compiled
-from dst.connections.base import Candidates, Execution, Part, Rule, no_candidates, table
+from dst.connections.base import Candidates, Execution, Part, Rule, no_candidates, row_of, table
 from dst.connections.hashing import hashed
 from dst.connections.moments import refuse_unless_coordinate_wise
 from dst.connections.ranges import over_range, rows_of
@@ -49,7 +49,7 @@ class Arena(struct.PyTreeNode):
     pointer: Array  # int32 (R + 1,), where each row begins
     parts: tuple[Part, ...] = struct.field(pytree_node=False)
 
-    holds_every_subset: ClassVar[bool] = False
+    every_possible: ClassVar[bool] = False
     reads_maps: ClassVar[bool] = True
 
     def pointer_of(self, part: Part) -> Array:
@@ -121,11 +121,11 @@ class Arena(struct.PyTreeNode):
 
     def find(self, l: Array, column: Array, output: Array, like: Part | None = None) -> Array:
         """Whether layer l has a connection (column, output): int32 (m,) -> bool (m,)."""
-        first = table(self.parts, "first")[l]
-        if like is not None:
-            return select.exists(self, like.row(column, output) + first, column)
-        block, n_out = (table(self.parts, field)[l] for field in ("block", "n_out"))
-        return select.exists(self, first + column // block * n_out + output, column)
+        if like is None:
+            row = row_of(self.parts, l, column, output)
+        else:
+            row = like.row(column, output) + table(self.parts, "first")[l]
+        return select.exists(self, row, column)
 
     def without_existing(self, part: Part, row: Array, column: Array, score: Array) -> Array:
         """The scores of a block that begins at (row, column), -1 where a connection exists.
@@ -278,4 +278,4 @@ def refuse(net: Network, tx: optax.GradientTransformation, params: Any) -> None:
     refuse_unless_coordinate_wise(tx, params, net.layers)
 
 
-SPARSE = Execution(connect, refuse, every=False, fuses=True)
+SPARSE = Execution(connect, refuse, Arena, fuses=True)

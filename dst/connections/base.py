@@ -95,8 +95,8 @@ Rule = Callable[[int, Array, Array, Callable[[], Array]], Array]
 class Connections(Protocol):
     """Which connections exist: a pytree, `Masks` or `Arena`."""
 
-    # Whether the S of every layer may be held: there is memory for every possible connection.
-    holds_every_subset: ClassVar[bool]
+    # Whether there is memory for every possible connection.
+    every_possible: ClassVar[bool]
     # Whether maps lie in memory as the C++ kernels read them.
     reads_maps: ClassVar[bool]
 
@@ -208,6 +208,12 @@ def table(parts: Sequence[Part], field: str) -> Array:
     return jnp.array([getattr(part, field) for part in parts], jnp.int32)
 
 
+def row_of(parts: Sequence[Part], l: Array, column: Array, output: Array) -> Array:
+    """The row, among all, of connections of layer l, which may be traced: int32 (m,)."""
+    first, block, n_out = (table(parts, field)[l] for field in ("first", "block", "n_out"))
+    return first + column // block * n_out + output
+
+
 def bits(magnitude: Array) -> Array:
     """Unsigned integers in the order of floats >= 0."""
     return lax.bitcast_convert_type(magnitude, f"uint{magnitude.dtype.itemsize * 8}")
@@ -248,5 +254,5 @@ class Execution(NamedTuple):
     connect: Callable[..., tuple[Connections, dict[str, Array]]]
     # (net, tx, params without the connections) -> None; raises ConfigError for what cannot run
     refuse: Callable[[Network, optax.GradientTransformation, Any], None]
-    every: bool  # whether there is memory for every possible connection
+    kind: type[Connections]
     fuses: bool  # whether `fuse` is read

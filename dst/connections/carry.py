@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dst.connections.base import Connections
+from dst.connections.masks import reset
 from dst.connections.moments import recognise
 from dst.errors import ConfigError
 from dst.state import SparseState
@@ -48,8 +49,5 @@ def _description(connections: Connections) -> Any:
 def _carried(
     leaves: list[Array], before: Connections, after: Connections, owners: tuple[str | None, ...]
 ) -> list[Array]:
-    moves = before.moved(after)
-    return [
-        leaf if owner is None else moves.carry(leaf, owner, jnp.zeros((), leaf.dtype))
-        for leaf, owner in zip(leaves, owners, strict=True)
-    ]
+    zeros = [jnp.zeros((), leaf.dtype) for leaf in leaves]
+    return reset(before.moved(after), leaves, zeros, owners)

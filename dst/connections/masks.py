@@ -27,7 +27,7 @@ class Masks(Mapping[str, Array]):
     Immutable, a pytree. Its entries are all possible connections, N of them, layer after layer.
     """
 
-    holds_every_subset: ClassVar[bool] = True
+    every_possible: ClassVar[bool] = True
     reads_maps: ClassVar[bool] = False
 
     def __init__(self, layers: Iterable[Layer], by_path: Mapping[str, Any]):
@@ -289,4 +289,4 @@ def refuse(net: Network, tx: Any, params: Any) -> None:
         )
 
 
-MASKED = Execution(connect, refuse, every=True, fuses=False)
+MASKED = Execution(connect, refuse, Masks, fuses=False)

@@ -13,6 +13,7 @@ cotangents of L layers, there would be L such vectors.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,52 +28,72 @@ from dst.connections.base import Part
 Array = jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(part: Part, values: Array, arena: Arena, h: Array) -> tuple[Array, Array]:
-    """y = W h and `values` unchanged: h (n_in, B) of the values' dtype -> (n_out, B), (K,)."""
+Gradients = Callable[..., tuple[Array, Array]]  # dL/dh and dL/dw, added to the last argument
+
+
+def differentiable(apply: Callable[..., Array], gradients: Gradients) -> tuple[Callable, Callable]:
+    """(part, values, arena, h) -> (apply(...), values), and one for which no dL/dw is wanted.
+
+    The second gives apply(...) alone, and takes neither time nor memory for the values' gradient.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def trained(part: Part, values: Array, arena: Arena, h: Array) -> tuple[Array, Array]:
+        return apply(part, values, arena, h), values
+
+    def forward(part, values, arena, h):
+        return trained(part, values, arena, h), (values, arena, h)
+
+    def backward(part, saved, cotangents):
+        dh, gradient = gradients(part, *saved, *cotangents)
+        return gradient, None, dh
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def frozen(part: Part, values: Array, arena: Arena, h: Array) -> Array:
+        return apply(part, values, arena, h)
+
+    def frozen_forward(part, values, arena, h):
+        return frozen(part, values, arena, h), (values, arena, h)
+
+    def frozen_backward(part, saved, delta):
+        values = saved[0]
+        # XLA drops what the pure tier computes in vain.
+        nothing = jnp.zeros(0 if compiled(values) else values.size, values.dtype)
+        return None, None, gradients(part, *saved, delta, nothing)[0]
+
+    trained.defvjp(forward, backward)
+    frozen.defvjp(frozen_forward, frozen_backward)
+    return trained, frozen
+
+
+def _multiply(part: Part, values: Array, arena: Arena, h: Array) -> Array:
+    """y = W h: h (n_in, B) of the values' dtype -> (n_out, B)."""
     multiply = kernels.multiply if compiled(values) else functools.partial(pure.multiply, part)
-    return multiply(values, arena.column, arena.pointer_of(part), h, part.n_out), values
+    return multiply(values, arena.column, arena.pointer_of(part), h, part.n_out)
 
 
-def _product_forward(part, values, arena, h):
-    return product(part, values, arena, h), (values, arena, h)
-
-
-def _product_backward(part, saved, cotangents):
-    values, arena, h = saved
-    dh, gradient = _gradients(part, values, arena, h, *cotangents)
-    return gradient, None, dh
-
-
-product.defvjp(_product_forward, _product_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def frozen_product(part: Part, values: Array, arena: Arena, h: Array) -> Array:
-    """y = W h where no gradient of the values is wanted: it takes neither time nor memory."""
-    return product(part, values, arena, h)[0]
-
-
-def _frozen_forward(part, values, arena, h):
-    return frozen_product(part, values, arena, h), (values, arena, h)
-
-
-def _frozen_backward(part, saved, delta):
-    values, arena, h = saved
-    # XLA drops what the pure tier computes in vain.
-    gradient = jnp.zeros(0 if compiled(values) else values.size, values.dtype)
-    return None, None, _gradients(part, values, arena, h, delta, gradient)[0]
-
-
-frozen_product.defvjp(_frozen_forward, _frozen_backward)
-
-
-def _gradients(part: Part, values: Array, arena: Arena, h: Array, delta: Array, gradient: Array):
-    """W^T delta, and dL/dw added to `gradient`."""
+def _product_gradients(part, values, arena, h, delta, gradient):
     if compiled(values):
         pointer = arena.pointer_of(part)
         return kernels.backward(values, arena.column, pointer, h, delta, gradient)
     return pure.backward(part, values, arena.column, arena.pointer, h, delta, gradient)
+
+
+def _convolve(part: Part, values: Array, arena: Arena, x: Array) -> Array:
+    """y = W * x, `covered`: (N, H, W, n_in) -> (N, H', W', n_out)."""
+    pointer = arena.pointer_of(part)
+    return kernels.convolve(values, arena.column, pointer, kernels.Read(x), part.layer)[0]
+
+
+def _convolution_gradients(part, values, arena, x, delta, gradient):
+    pointer = arena.pointer_of(part)
+    maps = kernels.Read(x), kernels.Read(delta)
+    return kernels.convolve_backward(values, arena.column, pointer, *maps, gradient, part.layer)[:2]
+
+
+# (y, values) of connections whose values are trained, and y alone of others.
+product, frozen_product = differentiable(_multiply, _product_gradients)
+convolution, frozen_convolution = differentiable(_convolve, _convolution_gradients)
 
 
 @jax.custom_vjp
@@ -90,45 +111,6 @@ def _bias_backward(_, delta):
 add_bias.defvjp(lambda y, bias: (add_bias(y, bias), None), _bias_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def convolution(part: Part, values: Array, arena: Arena, x: Array) -> tuple[Array, Array]:
-    """y = W * x, `covered`, and `values` unchanged: (N, H, W, n_in) -> (N, H', W', n_out), (K,)."""
-    pointer = arena.pointer_of(part)
-    return kernels.convolve(values, arena.column, pointer, kernels.Read(x), part.layer)[0], values
-
-
-def _convolution_forward(part, values, arena, x):
-    return convolution(part, values, arena, x), (values, arena, x)
-
-
-def _convolution_backward(part, saved, cotangents):
-    values, arena, x = saved
-    dx, gradient = _convolution_gradients(part, values, arena, x, *cotangents)
-    return gradient, None, dx
-
-
-convolution.defvjp(_convolution_forward, _convolution_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def frozen_convolution(part: Part, values: Array, arena: Arena, x: Array) -> Array:
-    """y = W * x where no gradient of the values is wanted."""
-    return convolution(part, values, arena, x)[0]
-
-
-def _frozen_convolution_forward(part, values, arena, x):
-    return frozen_convolution(part, values, arena, x), (values, arena, x)
-
-
-def _frozen_convolution_backward(part, saved, delta):
-    values, arena, x = saved
-    nothing = jnp.zeros(0, values.dtype)
-    return None, None, _convolution_gradients(part, values, arena, x, delta, nothing)[0]
-
-
-frozen_convolution.defvjp(_frozen_convolution_forward, _frozen_convolution_backward)
-
-
 @jax.custom_vjp
 def add_channel_bias(y: Array, bias: Array) -> Array:
     """y + b of a map that is `covered`: (N, H', W', n_out), (n_out,) -> (N, H', W', n_out)."""
@@ -141,12 +123,6 @@ def _channel_bias_backward(_, delta):
 
 
 add_channel_bias.defvjp(lambda y, bias: (add_channel_bias(y, bias), None), _channel_bias_backward)
-
-
-def _convolution_gradients(part, values, arena, x, delta, gradient):
-    pointer = arena.pointer_of(part)
-    maps = kernels.Read(x), kernels.Read(delta)
-    return kernels.convolve_backward(values, arena.column, pointer, *maps, gradient, part.layer)[:2]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

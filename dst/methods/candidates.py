@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst.connections.base import Candidates, no_candidates, row_salts, table
+from dst.connections.base import Candidates, no_candidates, row_of, row_salts
 from dst.connections.hashing import hashed
 from dst.connections.masks import join
 from dst.connections.select import best
@@ -114,14 +114,13 @@ def by_chance_alone(net: Network, method: Method, planned: Plan, loss: Loss) -> 
 
     def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
         A, P = state.masks, jnp.asarray(planned.grown)[event]
-        first, block, n_out = (table(A.parts, field) for field in ("first", "block", "n_out"))
         chances = row_salts(A.parts, stream(state, CHANCE_STREAM))
 
         def visit(found: Candidates, pairs: Pairs, chosen: Array) -> Candidates:
-            l, column = pairs.l, pairs.column
-            row = first[l] + column // block[l] * n_out[l] + pairs.output
-            score = as_chance(hashed(chances[row], column)).astype(found.score.dtype)
-            return best(found, Candidates(row, column, jnp.where(chosen, score, -1)), P, salt)
+            row = row_of(A.parts, pairs.l, pairs.column, pairs.output)
+            score = as_chance(hashed(chances[row], pairs.column)).astype(found.score.dtype)
+            new = Candidates(row, pairs.column, jnp.where(chosen, score, -1))
+            return best(found, new, P, salt)
 
         empty = no_candidates(most, A.weights(state.params).dtype)
         key = stream(state, REWIRE_STREAM)

@@ -6,6 +6,8 @@ A method runs as planned or is refused, here and nowhere else: `dst.method`, `in
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from dst.connections.execution import EXECUTIONS
 from dst.errors import ConfigError, listed
 from dst.methods.base import Method
@@ -31,10 +33,16 @@ def _planned(method: Method) -> bool:
 
 def check(method: Method) -> None:
     """Raises ConfigError: fields that do not go together, so that one would mislead."""
-    name, drop, score, share = method.name, method.drop, method.score, method.share
-    growth, planned = GROWTHS[score], [rule for rule, row in DROPS.items() if row.planned]
-    at_once = score and not growth.draws and method.growth_memory != "streamed"
-    for wrong, sentence in (
+    for wrong, sentence in (*_of_sparsity(method), *_of_growth(method)):
+        if wrong:
+            raise ConfigError(sentence)
+
+
+def _of_sparsity(method: Method) -> Iterable[tuple[object, str]]:
+    """(whether it is so, the sentence) of what may be wrong with how sparsity is reached."""
+    name, drop, score = method.name, method.drop, method.score
+    planned = [rule for rule, row in DROPS.items() if row.planned]
+    return (
         (
             method.first_sparsity > method.sparsity,
             f"initial must be at most {method.sparsity}, the sparsity to reach, "
@@ -63,6 +71,14 @@ def check(method: Method) -> None:
             f"score must not be '' for method {name!r}, which drops only as many as grow "
             "(or as `initial` has too many).",
         ),
+    )
+
+
+def _of_growth(method: Method) -> Iterable[tuple[object, str]]:
+    """(whether it is so, the sentence) of what may be wrong with how connections grow."""
+    name, score, share, growth = method.name, method.score, method.share, GROWTHS[method.score]
+    at_once = score and not growth.draws and method.growth_memory != "streamed"
+    return (
         (
             method.heuristic and not growth.draws,
             f"heuristic must be '' for method {name!r}, which draws no S (score is {score!r}), "
@@ -88,9 +104,7 @@ def check(method: Method) -> None:
             f"share must be '' or {listed(_free())} for method {name!r}, which keeps no "
             f"{share} of every connection, not {share!r}.",
         ),
-    ):
-        if wrong:
-            raise ConfigError(sentence)
+    )
 
 
 def _free() -> list[str]:
@@ -100,7 +114,7 @@ def _free() -> list[str]:
 
 def check_execution(method: Method, execution: str) -> None:
     """Raises ConfigError: a method that cannot run as planned in this execution."""
-    if not EXECUTIONS[execution].every and (why := _obstacle(method)):
+    if not EXECUTIONS[execution].kind.every_possible and (why := _obstacle(method)):
         what, instead = why
         raise ConfigError(
             f"method {method.name!r} cannot run in execution {execution!r}, because {what}; use "

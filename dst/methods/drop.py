@@ -17,8 +17,7 @@ from dst.connections.base import Connections, bits, lowest
 from dst.connections.masks import join
 from dst.methods.base import Method
 from dst.methods.memory import Own
-from dst.methods.plan import floors
-from dst.methods.schedules import cosine_drop_fraction
+from dst.methods.plan import drop_fractions, floors
 from dst.network import Network
 from dst.vocabulary import Names
 
@@ -30,6 +29,7 @@ class View(NamedTuple):
 
     A: Connections
     w: Array  # float (n,), the entries' weights
+    strength: Array  # float (n,), >= 0: what the weakest have least of
     salt: Array  # of ties, see `Connections.by_layer`
     memory: Own  # what the method remembers
 
@@ -45,8 +45,8 @@ class Drop(NamedTuple):
     floors: bool = False  # whether it keeps each layer's `floor`
     asks: bool = True  # whether how many go follows from the drop fraction
     memory: tuple[str, ...] = ()  # names of `MEMORIES`
-    # What the weakest have least of, >= 0: (n,) of a view. None: |w|.
-    strength: Callable[[View], Array] | None = None
+    # What the weakest have least of, >= 0: (n,) of a view whose own strength is |w|.
+    strength: Callable[[View], Array] = lambda view: view.strength
 
 
 def by_magnitude(net: Network, method: Method) -> MayDrop:
@@ -64,32 +64,25 @@ def by_magnitude(net: Network, method: Method) -> MayDrop:
 def unprotected(keep: np.ndarray, view: View) -> Array:
     """All connections but the keep[l] strongest of layer l: int (L,) -> bool (n,)."""
 
-    def loose(l: int, A: Array, w: Array, ties: Callable[[], Array]) -> Array:
-        return A & ~lowest(~bits(jnp.abs(w)), A, jnp.int32(keep[l]), ties)
+    def loose(l: int, A: Array, strength: Array, ties: Callable[[], Array]) -> Array:
+        return A & ~lowest(~bits(strength), A, jnp.int32(keep[l]), ties)
 
-    return view.A.by_layer(loose, view.w, view.salt)
+    return view.A.by_layer(loose, view.strength, view.salt)
 
 
 def by_layer(net: Network, method: Method) -> MayDrop:
     """The weakest p_t of every layer (SNFS; Dettmers and Zettlemoyer, 2019)."""
-    steps = [*range(method.every, method.end, method.every), method.end]
-    p_t = np.array(
-        [
-            cosine_drop_fraction(t, method.end, method.drop_fraction, method.last_fraction)
-            for t in steps
-        ],
-        np.float32,
-    )
+    p_t = np.array(drop_fractions(method), np.float32)
 
     def may_drop(view: View, event: Array, wanted: Array) -> tuple[Array, Array]:
         # 2^-22: a product that misses an integer by float32's rounding is that integer.
         p = jnp.asarray(p_t)[event] * np.float32(1 + 2**-22)
 
-        def weak(l: int, A: Array, w: Array, ties: Callable[[], Array]) -> Array:
+        def weak(l: int, A: Array, strength: Array, ties: Callable[[], Array]) -> Array:
             k = jnp.floor(p * A.sum(dtype=jnp.int32)).astype(jnp.int32)
-            return lowest(bits(jnp.abs(w)), A, k)
+            return lowest(bits(strength), A, k)
 
-        return _counted(view.A.by_layer(weak, view.w, view.salt))
+        return _counted(view.A.by_layer(weak, view.strength, view.salt))
 
     return may_drop
 
@@ -120,10 +113,10 @@ def _counted(eligible: Array) -> tuple[Array, Array]:
 DROPS = Names(
     "drop rule",
     Drop,
-    dict(
-        magnitude=Drop(by_magnitude, floors=True),
-        **{"layer magnitude": Drop(by_layer, planned=False)},
-        threshold=Drop(below_threshold, planned=False, memory=("threshold",)),
-        sign=Drop(by_sign, planned=False, asks=False, memory=("positive",)),
-    ),
+    {
+        "magnitude": Drop(by_magnitude, floors=True),
+        "layer magnitude": Drop(by_layer, planned=False),
+        "threshold": Drop(below_threshold, planned=False, memory=("threshold",)),
+        "sign": Drop(by_sign, planned=False, asks=False, memory=("positive",)),
+    },
 )

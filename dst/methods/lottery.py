@@ -36,7 +36,7 @@ def winning(net: Network, state: SparseState, sparsity: float) -> dict[str, np.n
 
     Raises: sparse execution, fewer connections than K or K = 0, weights that are not finite.
     """
-    if not EXECUTIONS[net.execution].every:
+    if not EXECUTIONS[net.execution].kind.every_possible:
         raise ConfigError(
             f"execution is {net.execution!r}, but 'lottery' begins with all connections; it must "
             "be 'masked'."

@@ -41,18 +41,14 @@ def plan(net: Network, method: Method) -> Plan:
     """
     N, s = net.possible, method.sparsity
     sizes = [layer.size for layer in net.layers.values()]
-    steps = [*events(method.every, method.end), method.end]
+    steps = event_steps(method)
     first = method.first_sparsity
     density = [cubic_sparsity(t, method.end, first, s) if method.ramps else s for t in steps]
     active = [active_count(N, s_t) for s_t in density]
     inactive = N - np.array([active_count(N, first), *active[:-1]])
     grown = np.zeros(len(steps), np.int64)
     if method.score:
-        fractions = [
-            cosine_drop_fraction(t, method.end, method.drop_fraction, method.last_fraction)
-            for t in steps
-        ]
-        wanted = [portion(p, A) for p, A in zip(fractions, active, strict=True)]
+        wanted = [portion(p, A) for p, A in zip(drop_fractions(method), active, strict=True)]
         grown = np.minimum(wanted, inactive)
     if method.subset_of == "active":
         most = np.ceil(method.subset_ratio * np.minimum(sizes, max(active))).astype(np.int64)
@@ -61,6 +57,17 @@ def plan(net: Network, method: Method) -> Plan:
         totals = np.ceil(method.subset_ratio * grown).astype(np.int64)
         subset = np.stack([largest_remainder(int(total), sizes, sizes) for total in totals])
     return Plan(*(np.asarray(a, np.int32) for a in (steps, active, grown, subset)))
+
+
+def event_steps(method: Method) -> list[int]:
+    """Before whose updates the network is rewired, and `end`: (E,)."""
+    return [*events(method.every, method.end), method.end]
+
+
+def drop_fractions(method: Method) -> list[float]:
+    """p_t of each event: (E,)."""
+    ends = method.end, method.drop_fraction, method.last_fraction
+    return [cosine_drop_fraction(t, *ends) for t in event_steps(method)]
 
 
 def asked(method: Method, subset: jax.Array, active: jax.Array) -> jax.Array:

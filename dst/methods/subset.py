@@ -77,7 +77,7 @@ def on_subset(
         if not S:
             return tally
         realised = tally.realised + sum(count for _, count in S.values())
-        again = batch if A.holds_every_subset else later_than(realised, batch)
+        again = batch if A.every_possible else later_than(realised, batch)
         positions = {path: position for path, (position, _) in S.items()}
         G = lax.pmean(gradient_on(later, value(again), positions), AXIS)
         return search.rank(tally._replace(realised=realised), S, G)
@@ -130,7 +130,7 @@ def scored_later(net: Network, method: Method, A: Connections) -> Layers:
 
     Sketches hold h and delta of all layers, which then score S without another pass.
     """
-    if A.holds_every_subset:
+    if A.every_possible:
         return net.layers
     if HEURISTICS[method.heuristic].holds:
         return {}
