@@ -108,30 +108,12 @@ def nested(by_path: Mapping[str, Any]) -> Tree:
     return traverse_util.unflatten_dict(dict(by_path), sep="/")
 
 
-def marginals(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], dtype=jnp.float32):
+def marginals(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], dtype: Any = jnp.float32):
     """Sums of |h| (n_in,) and |delta| (n_out,) of every layer: {path: (f, g)}, not normalised.
 
     `loss(collections)` runs the model with these extra variable collections.
     """
-
-    def tap(layer, module, h, y):
-        if not module.has_variable("probes", "marginals"):
-            return y
-        probe = module.get_variable("probes", "marginals")
-        return tap_sums(layer.sums, h, y, probe["f"], probe["g"])
-
-    zeros = {
-        path: {"f": jnp.zeros(layer.n_in, dtype), "g": jnp.zeros(layer.n_out, dtype)}
-        for path, layer in layers.items()
-    }
-
-    def probed(probes):
-        collection = nested({path: {"marginals": p} for path, p in probes.items()})
-        with intercepted(layers, tap):
-            return loss({"probes": collection})
-
-    cotangents = jax.grad(probed)(zeros)
-    return {path: (c["f"], c["g"]) for path, c in cotangents.items()}
+    return observe_and_sum({}, layers, loss, dtype=dtype)[1]
 
 
 def gradient_on(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], S: Mapping[str, Array]):
@@ -184,13 +166,14 @@ def observe_and_sum(
     summed: Mapping[str, Layer],
     loss: Callable[[Tree], Array],
     reads_maps: bool = False,
+    dtype: Any = jnp.float32,
 ):
     """In one pass h and delta of the layers `held`, as `observe`, and the `marginals` of others.
 
     What is summed is not kept: h and delta of all layers of ResNet-56 are 606 MB. `reads_maps` says
-    that maps lie in memory as the kernels read them.
+    that maps lie in memory as the kernels read them. `dtype` is that of the sums.
     """
-    calls = layer_calls(held, loss)
+    calls = layer_calls(held, loss) if held else {}
     seen = {path: 0 for path in held}
 
     def tap(layer, module, h, y):
@@ -210,7 +193,7 @@ def observe_and_sum(
         for path, each in ((path, list(enumerate(shapes))) for path, shapes in calls.items())
     }
     sums = {
-        path: {"f": jnp.zeros(layer.n_in, jnp.float32), "g": jnp.zeros(layer.n_out, jnp.float32)}
+        path: {"f": jnp.zeros(layer.n_in, dtype), "g": jnp.zeros(layer.n_out, dtype)}
         for path, layer in summed.items()
     }
 

@@ -103,7 +103,7 @@ def prune_at_init(
             f"state has {active} connections, fewer than the {K} to keep; it must be a new one "
             "with initial sparsity 0."
         )
-    masks = BEFORE[method.before].prune(net, method, loss, state, Given(batches, devices, show))
+    masks = BEFORE[method.before].prune(net, method, loss, state, Given(K, batches, devices, show))
     return start_with(tx, state, masks)
 
 

@@ -29,7 +29,6 @@ from dst import hosts
 from dst.connections.masks import kernels_of, with_kernels
 from dst.errors import ConfigError
 from dst.methods.base import Method
-from dst.methods.distributions import active_count, count_of
 from dst.methods.heuristics import NOTHING, check_flow, check_inputs, total_flow, without_dropout
 from dst.network import Network
 from dst.state import SparseState
@@ -48,6 +47,7 @@ Show = Callable[[int, int | None], Any]  # show(done, total); total is None if u
 class Given(NamedTuple):
     """What pruning may look at, and how it runs."""
 
+    K: int  # connections to keep
     batches: Iterable[Any]
     devices: list | None
     show: Show | None
@@ -108,8 +108,7 @@ def by_score(
         value = objective(net, loss, method.temperature if cooled else 1.0)
         mean = mean_on_devices(state, given.batches, passes, given.devices, given.show)
         scores = score(value, kernels_of(state.params, state.masks), mean)
-        K = count_of(net, method.sparsity)
-        return strongest(scores, state.masks, K, f"the {method.before!r} score")
+        return strongest(scores, state.masks, given.K, f"the {method.before!r} score")
 
     return prune
 
@@ -243,7 +242,7 @@ def prune_by_flow(
     subject, instead = "method is 'synflow'", "use 'snip' or 'grasp'"
     check_inputs(net, subject, instead)
     counts = [round(net.possible * d) for d in densities(method.sparsity, method.iterations)]
-    counts[-1] = active_count(net.possible, method.sparsity)
+    counts[-1] = given.K
     held = state.params, dict(state.masks), state.batch_stats
     params, masks, collections = jax.device_get(held)
     with jax.enable_x64(True):
