@@ -10,7 +10,9 @@ import gc
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
+import types
 from importlib.metadata import version
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -26,6 +28,10 @@ if version("jaxlib").startswith("0.10."):  # newer ones do not know it, and woul
 import jax
 import numpy as np
 import pytest
+
+from dst import layers as kinds
+from dst.layers import KINDS
+from tests.pages import code
 
 gc.set_threshold(50_000, 20, 100)
 jax.config.update("jax_num_cpu_devices", 4)
@@ -116,3 +122,20 @@ def branch(request, monkeypatch):
 
     most = 2**40 if request.param == "categorical" else 0
     monkeypatch.setattr(units, "CATEGORICAL_ELEMENTS", most)
+
+
+@pytest.fixture
+def registry():
+    """KINDS, as it was before when the test is over."""
+    before = list(KINDS)
+    yield KINDS
+    KINDS[:] = before
+
+
+@pytest.fixture
+def page(registry, monkeypatch):
+    """What the code on the page of `dst.layers` defines."""
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    exec(compile(code(kinds), kinds.__file__, "exec", dont_inherit=True), vars(module))
+    return vars(module)

@@ -1,45 +1,24 @@
 """Laws and oracles of the rewire step: O4, P3; exact counts; what moves and what stays."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax import lax
 
 import dst
 from dst import rewire as rewire_module
 from dst.connections.arena import positions
-from dst.connections.base import Candidates, bits, lowest, row_salts
-from dst.connections.hashing import salts
 from dst.connections.masks import Masks
-from dst.layers import Dense
 from dst.methods.plan import plan
-from dst.methods.schedules import largest_remainder
-from tests.arenas import hashed
 from tests.executions import structure
+from tests.test_exchange import exchange_oracle
 from tests.tiny import active, batch, kernels, loss, setup
 
 METHODS = ["set", "rigl", "gse"]
 KEY = jax.random.key(4)
-
-
-@functools.partial(jax.jit, static_argnums=5)
-def exchange(A, w, S, score, k, size):
-    """Drop the k weakest of A, grow the k <= size best of S: (A without P, that with G)."""
-    layer = Dense("layer", (A.size, 1))
-    masks = Masks([layer], {"layer": A[:, None]})
-    salt = row_salts(masks.parts, KEY)
-    dropped = lowest(bits(jnp.abs(w)), masks.exists, k, lambda: masks.hashes(salt))
-    found = Candidates(jnp.zeros_like(S), S, score)  # a layer of one output: S are the columns
-    grown = rewire_module.best_candidates(found, k, size, salt)
-    new, moves = masks.exchange(dropped, grown, k, salt)
-    return moves.masks["layer"][:, 0], new["layer"][:, 0]
 
 
 def rewired(parts, state=None, devices=None):
@@ -55,72 +34,6 @@ def one():
     return jax.local_devices()[:1]
 
 
-# ---------------------------------------------------------------------------------------- exchange
-W = np.array([0.9, -0.05, 0.4, 0, 0, 0.1, -0.7, 0.02, 0, 0], np.float32)
-GRADIENT = np.array([0.3, 9, -0.2, -3, 0.5, 0.1, 0.4, 8, 0.2, -0.1], np.float32)
-A = np.array([1, 1, 1, 0, 0, 1, 1, 1, 0, 0], bool)
-
-
-def test_exchange_is_global_and_does_not_regrow():
-    """O4: drops a2, b3 and grows a4, a5; per layer b4 would grow, with regrowth nothing."""
-    S = np.flatnonzero(~A)
-    survivors, new = exchange(A, W, S, np.abs(GRADIENT[S]), jnp.int32(2), 3)
-    assert np.flatnonzero(A & ~survivors).tolist() == [1, 7]
-    assert np.flatnonzero(new & ~A).tolist() == [3, 4]
-
-
-def exchange_oracle(A, w, S, score, k):
-    (salt,) = np.asarray(salts(KEY, 0, 1))  # a layer of one output: the column is the position
-    order = sorted(np.flatnonzero(A), key=lambda i: (abs(w[i]), hashed(salt, i)))
-    best = sorted(range(len(S)), key=lambda i: (-score[i], hashed(salt, S[i])))
-    new = A.copy()
-    new[order[:k]] = False
-    new[[S[i] for i in best[:k]]] = True
-    return new
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_exchange_equals_a_sort(data):
-    """Ties by hash: few distinct weights and scores. The number of connections never changes."""
-    n = 24
-    A = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
-    w = np.array(data.draw(st.lists(st.integers(-2, 2), min_size=n, max_size=n)), np.float32)
-    S = np.flatnonzero(~A).astype(np.int32)
-    score = np.array(data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)), np.float32)[
-        : len(S)
-    ]
-    k = data.draw(st.integers(0, min(6, A.sum(), len(S))))
-    padded = np.pad(S, (0, n - len(S)))
-    scores = np.pad(score, (0, n - len(S)), constant_values=-1)
-    _, new = exchange(A, w * A, padded, scores, jnp.int32(k), 6)
-    np.testing.assert_array_equal(new, exchange_oracle(A, w * A, S, score, k))
-    assert new.sum() == A.sum()
-
-
-# ---------------------------------------------------------------------------------------- the plan
-def test_plan_holds_the_papers_numbers():
-    """98 % of ResNet-56's 848,944: 46 events, |P| = floor(p_t K), |S| = 10 |P| split by |W_l|."""
-    parts = setup(sparsity=0.98, every=1000, end=46_920)
-    sizes = [layer.size for layer in parts.net.layers.values()]
-    _, active, P, S = plan(parts.net, parts.method)
-    K = sum(sizes) - round(0.98 * sum(sizes))
-    t = np.arange(1000, 46_920, 1000)
-    exact = 0.1 * (1 + np.cos(np.pi * t / 46_920)) * K
-    np.testing.assert_array_equal(P[:-1], np.floor(exact))
-    assert len(P) == 47 and P[-1] == 0 and (active == K).all()
-    np.testing.assert_array_equal(S.sum(1), np.minimum(10 * P, sum(sizes)))
-    np.testing.assert_array_equal(S[0], largest_remainder(10 * int(P[0]), sizes, sizes))
-
-
-def test_due_is_every_period_until_the_end():
-    """Never at step 0, never at or after the end, never for a static network."""
-    method = dst.method("gse", every=1000, end=46_800)
-    assert [t for t in range(0, 60_000, 500) if dst.due(method, t)] == [*range(1000, 46_800, 1000)]
-    assert not dst.due(dst.method("random", every=10, end=100), 10)
-
-
-# ---------------------------------------------------------------------------------- the whole step
 @pytest.mark.parametrize("name", METHODS)
 def test_laws_of_a_rewire(name):
     """K is constant, P and G are disjoint, grown weights and moments of P and G exactly 0."""
