@@ -32,7 +32,7 @@ def devices(each: int | None = None) -> list:
     return [d for p in processes for d in jax.local_devices(process_index=p)[:each]]
 
 
-def own(devices: list) -> np.ndarray:
+def local_indices(devices: list) -> np.ndarray:
     """Where this process's devices are among all `devices`: int (local devices,)."""
     here = jax.process_index()
     return np.array([i for i, device in enumerate(devices) if device.process_index == here])

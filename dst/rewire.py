@@ -81,7 +81,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         A, moves = A.exchange(P, G, grow, salt)
         own = after_rewire(state.method, A, wanted, G_t)
         state = reconnect(tx, state.replace(method=own), A, moves)
-        return state, report(state, drop, grow, S, finite)
+        return state, rewire_report(state, drop, grow, S, finite)
 
     return body
 
@@ -113,7 +113,7 @@ def reconnect(tx, state: SparseState, A: Any, moves: Moves) -> SparseState:
     return state.replace(params=params, opt_state=opt_state, masks=A)
 
 
-def report(state: SparseState, drop: Array, grow: Array, S: Sample, finite: Array):
+def rewire_report(state: SparseState, drop: Array, grow: Array, S: Sample, finite: Array):
     """What a rewire did, for the log: |P|, |G|, |S| asked and realised, each layer's counts."""
     return {
         "pruned": drop,

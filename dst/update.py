@@ -71,7 +71,7 @@ def replicate(tree: Any, devices: list | None = None) -> Any:
 
 def _everywhere(devices: list | None) -> NamedSharding:
     devices = devices or hosts.devices()
-    mesh = Mesh(np.asarray([devices[i] for i in hosts.own(devices)]), (AXIS,))
+    mesh = Mesh(np.asarray([devices[i] for i in hosts.local_indices(devices)]), (AXIS,))
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -92,7 +92,7 @@ def placer(devices: list | None = None) -> Callable[[Any], Any]:
 def split_batch(batch: Any, devices: list | None = None) -> Any:
     """Leaves (B, ...) -> this process's rows of (D, B / D, ...). Raises: D does not divide B."""
     devices = devices or hosts.devices()
-    count, own = len(devices), hosts.own(devices)
+    count, own = len(devices), hosts.local_indices(devices)
 
     def split(leaf):
         if leaf.shape[0] % count:

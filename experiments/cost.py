@@ -106,10 +106,10 @@ class Run:
         self.steps = training_steps(config)  # of one training
 
     def cost(self, events: list[dict[str, Any]], steps: int) -> dict[str, float]:
-        """`dst.training.cost.report` of these events."""
+        """`dst.training.cost.run_cost` of these events."""
         first, rounds = first_counts(self.net, self.method), len(self.levels)
         numbers = (steps, self.batch_size, self.examples, rounds)
-        return cost.report(self.net, self.method, first, events, *numbers)
+        return cost.run_cost(self.net, self.method, first, events, *numbers)
 
     def planned(self) -> dict[str, float]:
         """The cost if every layer keeps its first share of the connections."""

@@ -45,7 +45,7 @@ from dst.training import checkpoint, figures, log
 from dst.training.steps import Resident, classification, make_fetch, residents
 from dst.training.train import Built, build
 from dst.update import parallel, stream
-from experiments.recall import ByLayer, Marginals, caught, correlations, mean, strongest
+from experiments.recall import ByLayer, Marginals, caught, correlations, largest_gradients, mean
 from experiments.runs import logged
 from experiments.subset_size import HEURISTICS as NAMES
 from experiments.subset_size import RATIOS
@@ -103,7 +103,7 @@ def looking(config: ConfigDict, built: Built) -> Callable[[SparseState, Resident
         fg = {name: f(state, batch) for name, f in measures.items() if name not in outside}
         return {path: g.ravel() for path, g in G.items()}, fg
 
-    program, index = parallel(body, (None, None, 0), devices), hosts.own(devices)
+    program, index = parallel(body, (None, None, 0), devices), hosts.local_indices(devices)
 
     def look(state: SparseState, resident: Resident) -> tuple[ByLayer, dict[str, Marginals]]:
         G, fg = program(state, resident, index)
@@ -122,7 +122,7 @@ def rows_of(built: Built, use: Tools, state: SparseState) -> Iterator[dict[str, 
     flat, free = np.concatenate([*G.values()]), np.concatenate([*inactive.values()])
     if not np.isfinite(flat).all():
         raise FloatingPointError(f"a gradient is NaN or infinite at step {step}.")
-    best = strongest(flat, free, k)
+    best = largest_gradients(flat, free, k)
     keys = [jax.random.fold_in(stream(state, DRAW_STREAM), n) for n in range(DRAWS)]
     for name in NAMES:
         network, layers = correlations(built.net, G, inactive, fg[name])

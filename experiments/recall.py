@@ -46,13 +46,13 @@ def correlations(
     return spearman(a, b), mean(spearman(*pair) for pair in pairs if len(pair[0]))
 
 
-def strongest(G: np.ndarray, inactive: np.ndarray, k: int) -> np.ndarray:
+def largest_gradients(G: np.ndarray, inactive: np.ndarray, k: int) -> np.ndarray:
     """Positions of the k largest |G| that are inactive, of equals the first: int (k,), sorted."""
     return np.argsort(np.where(inactive, -G, np.inf), kind="stable")[:k]
 
 
 def caught(G: np.ndarray, best: np.ndarray, S: np.ndarray) -> tuple[float, float | None]:
-    """Recall and gradient mass of S (positions), `best` being what `strongest` gives.
+    """Recall and gradient mass of S (positions), `best` being what `largest_gradients` gives.
 
     The mass is None if every gradient is 0.
     """

@@ -276,7 +276,7 @@ def test_counted_from_the_masks_of_a_real_run():
             total += 2 * before + by_size
         total += 3 * F(state.masks)
     first = first_counts(t.net, t.method)
-    found = cost.report(t.net, t.method, first, events, 8, 16)
+    found = cost.run_cost(t.net, t.method, first, events, 8, 16)
     dense = F({path: np.ones(layer.shape) for path, layer in t.net.layers.items()})
     assert len(events) == 3
     # Whole candidates: |S| is split to the unit.
@@ -291,7 +291,7 @@ def mlp():
 
 
 def reported(net, name, first, events=(), **options):
-    return cost.report(net, dst.method(name, 0.9), first, events, 100, 10, **options)
+    return cost.run_cost(net, dst.method(name, 0.9), first, events, 100, 10, **options)
 
 
 def test_dense_costs_what_dense_costs(mlp):

@@ -12,7 +12,7 @@ from dst.config import default
 from dst.errors import ConfigError
 from dst.methods.base import Method
 from dst.methods.combinations import check_execution
-from dst.methods.settings import FIELDS, OWN, method_of, resolve, told_unread, unread_fields
+from dst.methods.settings import FIELDS, OWN, method_of, resolve, unread_fields, unread_message
 from dst.methods.table import METHODS, RULES
 from dst.training import train
 
@@ -234,17 +234,18 @@ def resolved(**fields):
 def test_the_command_line_says_what_a_method_does_not_read():
     """A sweep gives the same flags to many methods, so it is said and not refused."""
     config = resolved(method="set", heuristic="grabo", subset_ratio=3.0, score_batches=1)
-    assert told_unread(config) == (
+    assert unread_message(config) == (
         "Method 'set' does not read heuristic='grabo', score_batches=1, subset_ratio=3.0, which "
         "changes nothing."
     )
     assert method_of(config, 100) == dst.method("set", end=12_000)
-    assert told_unread(resolved(method="pruning", drop_fraction=0.5)).count("=") == 1
+    assert unread_message(resolved(method="pruning", drop_fraction=0.5)).count("=") == 1
     assert (
-        told_unread(resolved(method="snip", track_explored=True, layer_floor=0.5)).count("=") == 2
+        unread_message(resolved(method="snip", track_explored=True, layer_floor=0.5)).count("=")
+        == 2
     )
     for name in METHODS:
-        assert told_unread(resolved(method=name, rewire_every=7, rewire_end_epoch=9.0)) is None
+        assert unread_message(resolved(method=name, rewire_every=7, rewire_end_epoch=9.0)) is None
 
 
 def test_a_run_says_it_once(monkeypatch, tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_recall_and_mass_equal_a_slow_count(data):
     free[0] = True
     k = data.draw(st.integers(1, int(free.sum())))
     S = np.flatnonzero(np.array(data.draw(bits)) & free)
-    best = recall.strongest(G, free, k)
+    best = recall.largest_gradients(G, free, k)
     order = sorted(np.flatnonzero(free), key=lambda i: (-G[i], i))
     assert best.tolist() == order[:k]
     found, mass = recall.caught(G, best, S)
@@ -134,7 +134,7 @@ def test_recall_and_mass_equal_a_slow_count(data):
 
 def test_mass_may_be_less_than_recall():
     G, free = np.array([100, 1, 0.5]), np.ones(3, bool)
-    found, mass = recall.caught(G, recall.strongest(G, free, 2), np.array([1]))
+    found, mass = recall.caught(G, recall.largest_gradients(G, free, 2), np.array([1]))
     assert (found, mass) == (0.5, pytest.approx(1 / 101))
 
 
@@ -148,7 +148,7 @@ def random_gradients(parts):
     """|G| of all connections, which are inactive, and the |P| largest of these."""
     free = ~np.concatenate([np.asarray(mask).ravel() for mask in parts.state.masks.values()])
     G = np.random.default_rng(4).exponential(size=free.size)
-    return G, free, recall.strongest(G, free, int(plan(parts.net, parts.method).grown[0]))
+    return G, free, recall.largest_gradients(G, free, int(plan(parts.net, parts.method).grown[0]))
 
 
 def test_everything_holds_everything():

@@ -206,7 +206,7 @@ def total_flow(
     """
     variables = variables_of(_linear(params), connections, collections)
     inputs = jax.tree.map(lambda a: jnp.full((1, *a.shape[1:]), value, jnp.float64), net.args)
-    with nn.intercept_methods(without_dropout), nn.intercept_methods(_twin(connections)):
+    with nn.intercept_methods(without_dropout), nn.intercept_methods(_twin(net, connections)):
         return jnp.sum(net.model.apply(variables, *inputs, **net.kwargs, mutable=True)[0])
 
 
@@ -226,10 +226,9 @@ def _linear(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(magnitude, params)
 
 
-def _twin(connections: Connections) -> Callable:
+def _twin(net: Network, connections: Connections) -> Callable:
     """Interceptor: layers and BatchNorm as in the linear twin, in float64."""
     sparse = arena_parts(connections)
-    masks: Any = () if sparse else connections  # layer paths
 
     def interceptor(next_fun, args, kwargs, context):
         module = context.module
@@ -240,7 +239,7 @@ def _twin(connections: Connections) -> Callable:
                 part, h = call
                 return linear(part, module, h, frozen=True)[0] + TRACE
             kind = kind_of(module)
-            chosen = kind in BUILT_IN or layer_path(module) in masks
+            chosen = kind in BUILT_IN or layer_path(module) in net.layers
             if kind and chosen and kind.obstacle(module) is None:
                 h, kernel = input_of(module, args, kwargs), module.get_variable("params", "kernel")
                 return kind.describe("", module, h).apply(h, kernel) + TRACE

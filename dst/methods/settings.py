@@ -106,7 +106,7 @@ def unread_fields(config: Mapping[str, Any]) -> set[str]:
     return fields
 
 
-def told_unread(config: ConfigDict) -> str | None:
+def unread_message(config: ConfigDict) -> str | None:
     """A sentence on what a resolved config sets and its method never reads; None if nothing.
 
     Said once and not refused: a sweep gives the same flags to many methods.

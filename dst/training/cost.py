@@ -137,7 +137,7 @@ def changes(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [event for event in events if "active" in event and event["event"] != "end"]
 
 
-def report(
+def run_cost(
     net: Network,
     method: Method,
     first: Counts,

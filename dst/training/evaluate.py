@@ -44,7 +44,7 @@ def make_evaluate(
         return jax.lax.psum(sums, AXIS)
 
     step = parallel(body, (None, None, None, None, None, 0), devices)
-    index = hosts.own(devices)
+    index = hosts.local_indices(devices)
 
     def evaluate(state: SparseState) -> dict[str, float]:
         network = state.params, state.masks, state.batch_stats

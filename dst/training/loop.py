@@ -215,7 +215,7 @@ def cost_of(run: Parts, step: int) -> dict[str, float]:
     So a resumed run tells the same.
     """
     before = run.rounds[-1]["step"] if run.rounds else 0
-    return cost.report(
+    return cost.run_cost(
         run.net,
         run.method,
         first_counts(run.net, run.method),

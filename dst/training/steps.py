@@ -166,7 +166,7 @@ def make_steps(
         go_on = lambda carry: (carry[0] < n) & carry[2]["finite"]  # noqa: E731
         return jax.lax.while_loop(go_on, body, (jnp.int32(0), state, metrics))[1:]
 
-    index = hosts.own(devices)
+    index = hosts.local_indices(devices)
     if looped(devices):
         update_all = parallel(many_updates, (None, None, None, 0), devices, donate=(0,))
         update = lambda state, resident, n: update_all(state, resident, n, index)  # noqa: E731

@@ -25,7 +25,7 @@ from dst.methods.base import Method
 from dst.methods.distributions import first_counts
 from dst.methods.lottery import levels, ticket, winning
 from dst.methods.memory import begun
-from dst.methods.settings import method_of, told_unread
+from dst.methods.settings import method_of, unread_message
 from dst.network import Network, network
 from dst.start import init_state, prune_at_init
 from dst.state import SparseState, active_counts
@@ -46,7 +46,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     every checkpoint damaged).
     """
     check_alike(config)
-    if unread := told_unread(config):
+    if unread := unread_message(config):
         log.say(unread)
     if config.method != "lottery":
         run_once(config, workdir)
