@@ -1,12 +1,14 @@
 # make run    the quickstart: installs into .venv, trains the digits in runs/digits_mlp
 # make test   the test suite            make lint   ruff and mypy
+# make docs   the API from the docstrings, into build/docs
 # make clean  removes .venv, compiled kernels and caches, never runs/
 
 PYTHONS := $(PYTHON) python3.12 python3.11 python3.13 python3 python
 BIN := .venv/bin
+PAGES := dst '!dst.network' dst.config dst.layers dst.methods dst.data dst.models
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --editable
 
-.PHONY: run test lint clean
+.PHONY: run test lint docs clean
 
 run: .venv/.run
 	$(BIN)/python -m dst.main --config=configs/digits_mlp.py
@@ -18,6 +20,10 @@ lint: .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What pdoc cannot resolve in annotations only lacks a link.
+docs: .venv/.lint
+	$(BIN)/python -W error -W 'ignore:Error parsing type annotation' -m pdoc -o build/docs $(PAGES)
 
 clean:
 	rm -rf .venv build dst/connections/backends/native/*.so *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -39,7 +45,7 @@ clean:
 	@echo 'Installing what the tests need ...'
 	@$(INSTALL) '.[test]' && touch $@
 
-# Everything at once: three installations would compile the kernels three times.
+# Everything at once: several installations would compile the kernels as often.
 .venv/.lint: .venv/.python pyproject.toml $(wildcard dst/connections/backends/native/*.cc dst/connections/backends/native/*.h)
-	@echo 'Installing what the tests need, ruff and mypy ...'
-	@$(INSTALL) '.[test,lint]' && touch .venv/.run .venv/.test $@
+	@echo 'Installing what the tests need, ruff, mypy and pdoc ...'
+	@$(INSTALL) '.[test,lint,docs]' && touch .venv/.run .venv/.test $@

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -77,3 +79,23 @@ def test_what_differs_is_asked_in_one_room(pattern, where):
     """Which execution runs, which kind a layer is, on which devices and backend."""
     asking = {room(p) for p in FILES if re.search(pattern, p.read_text())}
     assert asking <= {where, "layers" if "backend" in pattern else where}
+
+
+PUBLIC = ["dst", "dst.config", "dst.layers", "dst.methods", "dst.data", "dst.models"]
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_documented(module):
+    """Whatever `make docs` shows: functions, classes, and what these have of their own."""
+    room = importlib.import_module(module)
+    bare = []
+    for name in getattr(room, "__all__", vars(room)):
+        value = getattr(room, name)
+        if name.startswith("_") or not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        own = {n: v for n, v in vars(value).items() if not n.startswith("_") and callable(v)}
+        methods = {n: v for n, v in own.items() if inspect.isclass(value) and inspect.isfunction(v)}
+        documented = {n: inspect.getdoc(getattr(value, n)) for n in methods}
+        documented[""] = value.__doc__
+        bare += [f"{name}.{n}" for n, text in documented.items() if not text]
+    assert not bare
