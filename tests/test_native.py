@@ -114,3 +114,18 @@ def test_a_wheel_with_the_library_is_for_one_platform(backend, monkeypatch):
     assert asked[0]["--build-option"][0].startswith("--plat-name=")
     assert asked[0]["--build-option"][1:] == ["-v"]
     assert asked[1] == {"--build-option": "-v"}
+
+
+def test_a_source_distribution_has_no_compiled_kernels(backend, monkeypatch, tmp_path):
+    """Those of a checkout stand aside for that moment, whatever happens."""
+    (tmp_path / "kernels-x86_64.so").touch()
+    monkeypatch.setattr(backend, "HERE", tmp_path)
+
+    def fail(folder, settings):
+        assert not list(tmp_path.glob("*.so"))
+        raise OSError("no space left")
+
+    monkeypatch.setattr(backend.build_meta, "build_sdist", fail)
+    with pytest.raises(OSError, match="no space"):
+        backend.build_sdist("folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["kernels-x86_64.so"]

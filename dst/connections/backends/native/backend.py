@@ -42,6 +42,18 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) 
     return build_meta.build_wheel(wheel_directory, settings, metadata_directory)
 
 
+def build_sdist(sdist_directory, config_settings=None) -> str:
+    # Every machine compiles its own; setuptools takes what is there, as for a wheel.
+    aside = {path: path.with_suffix(".aside") for path in HERE.glob("*.so")}
+    try:
+        for path, other in aside.items():
+            path.rename(other)
+        return build_meta.build_sdist(sdist_directory, config_settings)
+    finally:
+        for path, other in aside.items():
+            other.rename(path)
+
+
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None) -> str:
     build()
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
