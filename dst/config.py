@@ -30,8 +30,8 @@ from dst.errors import (
     tuple_of,
 )
 from dst.methods.heuristics import HEURISTICS
-from dst.methods.table import METHODS, SPARSITY
-from dst.methods.table import RULES as OF_METHOD
+from dst.methods.rules import RULES as OF_METHOD
+from dst.methods.table import METHODS
 from dst.models.table import MODELS, check_images
 
 # They say where and how often, not what: nothing that is computed depends on them, but for the
@@ -103,10 +103,7 @@ def default() -> ConfigDict:
 
 
 # Fields that may be None, which stands for the method's own value.
-OWN_VALUE = (
-    *("initial_sparsity", "distribution", "heuristic", "drop_fraction", "rewire_every"),
-    *("rewire_end_epoch", "subset_ratio", "sampling_rounds", "grasp_temperature"),
-)
+OWN_VALUE = tuple(field for field, value in default().items() if value is None)
 _RULES: dict[str, Rule] = {
     "dataset": one_of(DATASETS),
     "data_dir": (lambda v: isinstance(v, str), "the path of a folder, as a string"),
@@ -122,7 +119,7 @@ _RULES: dict[str, Rule] = {
     "method": one_of(METHODS),
     "execution": one_of(EXECUTIONS),
     "fuse": YES_OR_NO,
-    "sparsity": SPARSITY,
+    "sparsity": OF_METHOD["sparsity"],
     "initial_sparsity": OF_METHOD["initial"],
     "distribution": OF_METHOD["distribution"],
     "heuristic": one_of(HEURISTICS),

@@ -60,10 +60,10 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         salt = row_salts(A.parts, stream(state, TIE_STREAM))
         # The gradient is taken before the drop; P and G are disjoint: S holds inactive ones only.
         S = sample(state, batch, fg, event, salt)
-        finite = S.finite & all_finite(w)
         surplus = A.total - target
         view = View(A, w, jnp.abs(w), salt, state.method)
         view = view._replace(strength=drop_rule.strength(view))
+        finite = S.finite & all_finite(w) & ~jnp.isnan(view.strength).any()
         eligible, wanted = may_drop(view, event, surplus + G_t)
         # With fewer candidates than |P| fewer are dropped, never more than can grow. If something
         # is not finite nothing moves; this also orders the check before the exchange, or XLA would

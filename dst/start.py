@@ -13,7 +13,7 @@ import optax
 from dst.connections.execution import EXECUTIONS, init_rest
 from dst.connections.initial import fan_in_weights, random_positions
 from dst.connections.moments import recognise
-from dst.errors import ConfigError, check_value, one_of
+from dst.errors import ConfigError
 from dst.methods.base import Method
 from dst.methods.before import BEFORE, Given, Show
 from dst.methods.combinations import check, check_execution, memories
@@ -37,7 +37,6 @@ def init_state(
     ticket. Raises: an optimizer whose state `dst` cannot keep sparse, a method that cannot run in
     the network's execution, a sparsity that leaves no connection.
     """
-    check_value("execution", net.execution, one_of(EXECUTIONS))
     check(method)
     check_execution(method, net.execution)
     count_of(net, method.sparsity)

@@ -95,6 +95,8 @@ def split_batch(batch: Any, devices: list | None = None) -> Any:
     count, own = len(devices), hosts.local_indices(devices)
 
     def split(leaf):
+        if not jnp.ndim(leaf):
+            raise ConfigError(f"batch must hold arrays (B, ...), not {leaf!r}.")
         if leaf.shape[0] % count:
             raise ConfigError(
                 f"batch_size is {leaf.shape[0]}; allowed are multiples of the {count} devices."

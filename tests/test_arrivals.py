@@ -195,6 +195,8 @@ def test_by_chance_every_connection_of_the_network_is_as_likely(dense):
     mask = jnp.asarray(np.random.default_rng(0).random(start[-1]) < 0.1)
     first, n_out = jnp.asarray(start[:-1]), jnp.array([s[1] for s in shapes])
 
+    free = mask.size - int(mask.sum())
+
     def one(key):
         at = lambda l, column, output: first[l] + column * n_out[l] + output  # noqa: E731
 
@@ -204,7 +206,7 @@ def test_by_chance_every_connection_of_the_network_is_as_likely(dense):
         active = mask.sum(dtype=jnp.int32)
         exists = lambda *pair: mask[at(*pair)]  # noqa: E731
         return sample.fold_by_chance(
-            64, size, parts, key, jnp.int32(size), active, exists, visit,
+            64, size, free, parts, key, jnp.int32(size), active, exists, visit,
             jnp.zeros(mask.size, jnp.int32),
         )  # fmt: skip
 
@@ -222,27 +224,57 @@ def test_by_chance_every_connection_of_the_network_is_as_likely(dense):
     assert abs(in_first.var() / exact - 1) < 5 * np.sqrt(2 / TRIALS)
 
 
+def drawn_by_chance(parts, size, mask=None, chunk=64, seed=0):
+    """How often each connection was drawn of an empty network, or of one with this mask; |S|."""
+    start = np.cumsum([0, *(part.layer.size for part in parts)])
+    mask = jnp.zeros(start[-1], bool) if mask is None else jnp.asarray(mask)
+    first, n_out = jnp.asarray(start[:-1]), jnp.array([part.n_out for part in parts])
+    at = lambda l, column, output: first[l] + column * n_out[l] + output  # noqa: E731
+
+    def visit(times, pairs, chosen):
+        return times.at[at(pairs.l, pairs.column, pairs.output)].add(chosen.astype(jnp.int32))
+
+    active = mask.sum(dtype=jnp.int32)
+    times, count = sample.fold_by_chance(
+        chunk,
+        size,
+        mask.size - int(active),
+        parts,
+        jax.random.key(seed),
+        jnp.int32(size),
+        active,
+        lambda *pair: mask[at(*pair)],
+        visit,
+        jnp.zeros(mask.size, jnp.int32),
+    )
+    return np.asarray(times), int(count)
+
+
 def test_layers_of_one_input_or_one_output_are_sampled_too():
     """Their buckets could hold 2^31 outputs, which is one more than an int32 can say."""
     parts = [Part(Dense(f"layer{l}", s), s[0], 0) for l, s in enumerate(((1, 3000), (60, 1)))]
-
-    def visit(times, pairs, chosen):
-        at = 3000 * pairs.l + pairs.column + pairs.output
-        return times.at[at].add(chosen.astype(jnp.int32))
-
-    none = lambda l, column, output: jnp.zeros(column.shape, bool)  # noqa: E731
-    times, count = sample.fold_by_chance(
-        64,
-        20,
-        parts,
-        jax.random.key(0),
-        jnp.int32(20),
-        jnp.int32(0),
-        none,
-        visit,
-        jnp.zeros(3060, jnp.int32),
-    )
+    times, count = drawn_by_chance(parts, 20)
     assert count == times.sum() == 20 and times.max() == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_enumerated_pairs_are_chosen_alike_whatever_their_order(seed):
+    """An arena has its columns in blocks, masks have not; chunks of 64 end elsewhere."""
+    chosen = []
+    for block in (60, 7):
+        parts = [Part(Dense(f"layer{l}", (60, n)), block, 0) for l, n in enumerate((9, 4))]
+        times, count = drawn_by_chance(parts, 300, seed=seed)
+        assert count == times.sum() == 300 and times.max() == 1
+        chosen.append(times)
+    np.testing.assert_array_equal(*chosen)
+
+
+def test_all_that_is_inactive_is_found_where_little_is():
+    """Of 2,000 pairs 1,850 exist: arrivals would leave some of the others out."""
+    mask = np.random.default_rng(0).permutation(2000) < 1850
+    times, count = drawn_by_chance([Part(Dense("layer", (50, 40)), 50, 0)], 150, mask)
+    assert count == 150
+    np.testing.assert_array_equal(times, ~mask)
 
 
 @pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())

@@ -125,7 +125,9 @@ def test_mistakes_that_need_two_fields():
         config_lib.validate(changed(model="vgg", dataset="digits"))
     with pytest.raises(ConfigError, match=r"^initial_sparsity must be at most 0\.5, .* not 0\.9\."):
         config_lib.validate(changed(sparsity=0.5, initial_sparsity=0.9))
-    with pytest.raises(ConfigError, match=r"^initial must be None for method 'dsr', not 0\.9\."):
+    with pytest.raises(
+        ConfigError, match=r"^initial_sparsity must be None for method 'dsr', not 0\.9\."
+    ):
         config_lib.validate(changed(method="dsr", initial_sparsity=0.9))
     with pytest.raises(ConfigError, match=r"^rewire_end_epoch must be at least one step .* 390"):
         config_lib.validate(changed(rewire_end_epoch=0.001))

@@ -71,3 +71,12 @@ def test_exchange_equals_a_sort(data):
     _, new = exchange(A, w * A, padded, scores, jnp.int32(k), 6)
     np.testing.assert_array_equal(new, exchange_oracle(A, w * A, S, score, k))
     assert new.sum() == A.sum()
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=2))
+def test_bits_are_in_the_order_of_floats_of_either_sign(values):
+    a = np.array(values, np.float32)
+    order = np.asarray(bits(jnp.asarray(a)))
+    smaller = a[:, None] < a[None]
+    assert (order[:, None] < order[None])[smaller].all()

@@ -102,3 +102,10 @@ def test_what_cannot_be_ranked_is_told():
     truly = setup("random", 0.5, execution="sparse")
     with pytest.raises(dst.ConfigError, match=r"^execution is 'sparse'"):
         winning(truly.net, truly.state, 0.9)
+
+
+def test_a_sparsity_in_percent_is_no_sparsity():
+    """98 would leave fewer than none."""
+    parts = setup("lottery")
+    with pytest.raises(dst.ConfigError, match=r"^sparsity must be a number in \[0, 1\), not 98\.$"):
+        winning(parts.net, parts.state, 98)

@@ -211,7 +211,7 @@ def test_impossible_counts_are_refused(count):
 # ---------------------------------------------------------------------------- fan-in scaled weights
 def test_weights_scale_with_the_fan_in_of_their_own_unit():
     key, output = jax.random.key(0), np.array([0, 2, 0, 1])
-    weights = fan_in_weights(key, output, 4)
+    weights = fan_in_weights(key, output, 4, gain=2.0)
     assert (weights.shape, weights.dtype) == ((4,), np.float32)
     normal = fan_in_weights(key, np.arange(4), 4, gain=1.0)  # fan-in 1 and gain 1: std 1
     std = np.array([1.0, math.sqrt(2), 1.0, math.sqrt(2)])
@@ -268,3 +268,10 @@ def test_dead_units_are_counted():
     mask[0, 1, 2, 3] = mask[1, 1, 0, 0] = True
     layer = Conv("a", mask.shape)
     assert int(Masks([layer], {"a": jax.numpy.asarray(mask)}).dead_units()["a"]) == 3
+
+
+@pytest.mark.parametrize("mask", [np.ones((72, 20)), np.ones(20, bool)], ids=["floats", "shape"])
+def test_a_mask_that_is_none_is_refused(mask):
+    masks = setup("set").state.masks
+    with pytest.raises(ConfigError, match=r"mask of layer 'Dense_0' must be bool of shape \("):
+        masks.but({"Dense_0": mask})

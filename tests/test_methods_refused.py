@@ -15,7 +15,7 @@ import pytest
 
 import dst
 from dst import main
-from dst.methods import lottery
+from dst.methods import METHODS, Row, lottery
 from dst.methods.distributions import active_count, count_of
 from dst.training import checkpoint
 from tests import tiny
@@ -122,3 +122,65 @@ def test_the_command_line_refuses_a_network_without_a_connection(execution, tmp_
         "dst: sparsity is 0.9999, which leaves none of the 592 possible connections; the highest "
         "that keeps one is 0.9991.\n"
     )
+
+
+# ---------------------------------------------------------------------- methods that were not asked
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        (dst.Method("mine", 0.9, drop="nope", score="chance"), "drop must be "),
+        (dst.Method("mine", 1.5), "sparsity must be a number in"),
+        (dst.method("gse", 0.9)._replace(every=0), "every must be an integer >= 1"),
+        (dst.method("gse", 0.9)._replace(subset_ratio=0.5), "subset_ratio must be a number >= 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_method_made_by_hand_keeps_the_rules_too(method, sentence):
+    parts = tiny.setup("set")
+    for call in (
+        lambda: dst.init_state(parts.net, parts.tx, method, jax.random.key(0)),
+        lambda: dst.make_rewire(parts.net, parts.tx, method._replace(drop="nope"), tiny.loss),
+    ):
+        with pytest.raises(dst.ConfigError, match="must be"):
+            call()
+    with pytest.raises(dst.ConfigError, match=f"^{sentence}"):
+        dst.init_state(parts.net, parts.tx, method, jax.random.key(0))
+
+
+def test_an_execution_that_is_none_is_told_wherever_it_is_first_asked_for(tmp_path):
+    parts = tiny.setup("set")
+    dst.export(parts.net, parts.state, tmp_path / "net.npz")
+    net = parts.net._replace(execution="spare")
+    sentence = "^execution must be 'masked' or 'sparse', not 'spare'"
+    for call in (
+        lambda: dst.init_state(net, parts.tx, parts.method, jax.random.key(0)),
+        lambda: dst.make_rewire(net, parts.tx, parts.method, tiny.loss),
+        lambda: dst.predictor(net, tmp_path / "net.npz"),
+    ):
+        with pytest.raises(dst.ConfigError, match=sentence):
+            call()
+
+
+def test_a_floor_above_what_a_ramp_ends_with_is_refused():
+    """Every layer would keep 5 % where 2 % are to stay, and the sparsity never be reached."""
+    with pytest.raises(dst.ConfigError, match=r"^floor must be at most 0\.02 .* 0\.98, not"):
+        dst.method("pruning", 0.98, floor=0.05)
+    dst.method("pruning", 0.98, floor=0.02)
+
+
+def test_the_command_line_calls_a_field_as_it_does(capsys):
+    argv = ["dst", "--config=configs/digits_mlp.py", "--config.method=pruning"]
+    assert main.main([*argv, "--config.layer_floor=0.05"]) == 2
+    assert "layer_floor must be at most 0.02" in capsys.readouterr().err
+
+
+def test_a_users_row_with_a_mistake_is_told_from_the_command_line(capsys):
+    METHODS.register("mistaken", Row("Mine", fields={"drop": "magnitude", "score": "typo"}))
+    try:
+        argv = ["dst", "--config=configs/digits_mlp.py", "--config.method=mistaken"]
+        assert main.main(argv) == 2
+        assert "score must be " in capsys.readouterr().err
+        with pytest.raises(dst.ConfigError, match="has no field 'sparsity'; a row may have"):
+            METHODS.register("mistaken", Row("Mine", fields={"sparsity": 0.9}))
+    finally:
+        METHODS.remove("mistaken")

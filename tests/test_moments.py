@@ -170,3 +170,12 @@ def test_constants_in_the_kernels_shapes_are_no_error_of_the_optimizers_own(mode
     pull = optax.stateless(lambda g, w: jax.tree.map(lambda g, w, w0: g + w - w0, g, w, earlier))
     with pytest.raises(ConfigError, match="the optimizer fails with"):
         refuse_unless_coordinate_wise(pull, rest, layers)
+
+
+def test_a_layer_of_one_weight_takes_no_check_off():
+    """Memory of L-BFGS, (10, 100, 100) for a kernel of 100 x 100, beside a kernel of one."""
+    masks = {"one": jnp.ones((1, 1), bool), "other": jnp.ones((100, 100), bool)}
+    params = {path: {"kernel": jnp.zeros(mask.shape)} for path, mask in masks.items()}
+    state = {"memory": {"other": {"kernel": jnp.zeros((10, 100, 100))}}, "count": jnp.zeros(())}
+    with pytest.raises(ConfigError, match=r"'memory/other/kernel' .* belongs to no parameter"):
+        recognise(state, params, masks)

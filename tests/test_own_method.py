@@ -137,7 +137,7 @@ def test_a_distribution_of_ones_own():
         ),
         (
             lambda: METHODS.register("mine", Row("Mine", fields={"dorp": "magnitude"})),
-            "method 'mine' has no field 'dorp'; a method has name, ",
+            "method 'mine' has no field 'dorp'; a row may have before, ",
         ),
         (lambda: DROPS.register("a b", Drop(by_magnitude)), "the name of a drop rule must be"),
     ],
@@ -171,3 +171,42 @@ def test_a_rule_that_plans_nothing_is_refused_in_sparse_execution():
     rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=ONE)
     _, report = rewire(s.state, jax.tree.map(np.asarray, s.batch))
     assert int(report["grown"]) == int(report["pruned"]) > 100
+
+
+@pytest.mark.parametrize("execution", ["masked", "sparse"])
+def test_a_heuristic_may_hold_units_and_want_their_sums(execution):
+    """GraBo of what is held: no layer is both held and summed."""
+    HEURISTICS.register("both", HEURISTICS["grabo"]._replace(holds=True))
+    fields = {"drop": "magnitude", "score": "gradient", "heuristic": "both"}
+    METHODS.register("mine", Row("Mine", fields=fields))
+    before, after, _ = rewired(execution)
+    assert any((before[path] != after[path]).any() for path in before)
+
+
+@pytest.mark.parametrize("execution", ["masked", "sparse"])
+def test_a_negative_score_moves_nothing_and_is_reported(execution):
+    """It would mean that there is no candidate."""
+
+    def source(net, method, planned, loss):
+        return on_subset(net, method, planned, loss, score=lambda layer, G: G)
+
+    GROWTHS.register("signed", Growth(source, draws=True, gradient="subset"))
+    fields = {"drop": "magnitude", "score": "signed", "heuristic": "uniform"}
+    METHODS.register("mine", Row("Mine", fields=fields))
+    s = tiny.setup("mine", execution=execution)
+    rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=ONE)
+    _, report = rewire(s.state.replace(step=jnp.int32(2)), s.batch)
+    assert not bool(report["finite"]) and int(report["grown"]) == int(report["pruned"]) == 0
+
+
+def test_a_negative_strength_is_less_than_any_other():
+    """The largest |w| go first."""
+    DROPS.register("largest", Drop(by_magnitude, strength=lambda view: -view.strength))
+    fields = {"drop": "largest", "score": "gradient", "heuristic": "uniform"}
+    METHODS.register("mine", Row("Mine", fields=fields))
+    before, after, w = rewired("masked")
+    gone, stayed = (
+        np.concatenate([np.abs(w[p][before[p] & (keep == after[p])]) for p in before])
+        for keep in (False, True)
+    )
+    assert gone.min() >= stayed.max()

@@ -104,3 +104,15 @@ def test_the_choice_is_the_same_in_float64(monkeypatch):
             after.append(structure(rewire(state, batch)[0]))
     for path, mask in after[0].items():
         np.testing.assert_array_equal(mask, after[1][path])
+
+
+@pytest.mark.parametrize("name", ["set", "gse"])
+def test_whole_numbers_stay_int32_where_x64_is_on(monkeypatch, name):
+    """What arrives is counted in int32, which the kernels and the loops' carries ask for."""
+    monkeypatch.setattr(sample, "LEAST", 64)
+    monkeypatch.setattr(sample, "MOST", 64)
+    s = tiny.setup(name, execution="sparse", sparsity=0.95)
+    with jax.enable_x64(True):
+        rewire = dst.make_rewire(s.net, s.tx, s.method, tiny.loss, devices=ONE)
+        _, report = rewire(s.state.replace(step=jnp.int32(2)), s.batch)
+    assert int(report["grown"]) == int(report["pruned"]) > 0

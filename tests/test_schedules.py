@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from dst.methods.schedules import (
     cosine_drop_fraction,
-    drop_counts,
     events,
     largest_remainder,
     learning_rate,
+    portion,
+    rounded_up,
 )
 
 END = 46_920  # 120 epochs of 391 steps
@@ -45,6 +46,12 @@ def test_events_begin_at_the_period_and_stay_below_the_end():
     assert list(events(10, 10)) == []
 
 
+def drop_counts(active, initial, every, end):
+    """|P_t| = floor(p_t |A|) of every event."""
+    steps = events(every, end)
+    return np.array([portion(cosine_drop_fraction(t, end, initial), active) for t in steps])
+
+
 def test_drop_counts_of_resnet56_at_98_percent():
     counts = drop_counts(16_979, 0.2, 1000, END)
     assert counts.dtype == np.int64 and len(counts) == 46
@@ -67,6 +74,14 @@ def test_drop_counts_are_exact_where_the_cosine_is_rational(active, initial, sch
 @pytest.mark.parametrize(("active", "initial", "expected"), [(35, 0.4, 7), (100, 0.58, 29)])
 def test_drop_counts_survive_float_noise(active, initial, expected):
     assert drop_counts(active, initial, 10, 20).tolist() == [expected]
+
+
+@given(st.integers(0, 2**31), st.fractions(1, 20, max_denominator=100))
+@settings(deadline=None)
+def test_a_ratio_is_rounded_up_exactly(count, ratio):
+    """c as a user writes it, of at most two decimals; 1.1 x 50 is 55, not 56."""
+    ratio = Fraction(round(ratio * 100), 100)
+    assert rounded_up(float(ratio), count) == math.ceil(ratio * count)
 
 
 def hamilton(total: int, weights: list[int], caps: list[int]) -> list[int]:
@@ -149,3 +164,8 @@ def test_learning_rate_drops_at_the_first_step_of_an_epoch():
     steps = [0, 80 * 390 - 1, 80 * 390, 120 * 390 - 1, 120 * 390, 10**6]
     np.testing.assert_allclose([rate(s) for s in steps], [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], 1e-6)
     assert learning_rate(0.1, (), 0.1, 390)(10**6) == np.float32(0.1)
+
+
+def test_two_drops_at_one_step_are_both_taken():
+    rate = learning_rate(0.1, (0.5, 0.52), 0.1, 11)
+    assert [round(float(rate(step)), 6) for step in (5, 6)] == [0.1, 0.001]

@@ -278,3 +278,11 @@ def test_every_call_of_the_model_has_its_own_dropout():
     update = dst.make_update(net, SGD, apart, devices=one())
     found = [float(update(state, jnp.ones((4, 8)))[1]["apart"]) for _ in range(2)]
     assert found[0] == found[1] > 0
+
+
+@pytest.mark.parametrize("scalar", [0.1, jnp.float32(1), jax.random.key(0)], ids=str)
+def test_a_batch_holds_arrays_of_examples(scalar):
+    parts = setup("set")
+    update = dst.make_update(parts.net, parts.tx, loss)
+    with pytest.raises(dst.ConfigError, match=r"^batch must hold arrays \(B, \.\.\.\), not "):
+        update(parts.state, (*parts.batch, scalar))

@@ -214,9 +214,12 @@ def row_of(parts: Sequence[Part], l: Array, column: Array, output: Array) -> Arr
     return first + column // block * n_out + output
 
 
-def bits(magnitude: Array) -> Array:
-    """Unsigned integers in the order of floats >= 0."""
-    return lax.bitcast_convert_type(magnitude, f"uint{magnitude.dtype.itemsize * 8}")
+def bits(a: Array) -> Array:
+    """Unsigned integers in the order of floats."""
+    width = a.dtype.itemsize * 8
+    unsigned = lax.bitcast_convert_type(a, f"uint{width}")
+    sign = jnp.ones((), unsigned.dtype) << (width - 1)
+    return jnp.where(unsigned < sign, unsigned | sign, ~unsigned)
 
 
 def lowest(

@@ -146,7 +146,7 @@ def _joined_forward(readers, y, k, r):
 
 
 def _joined_backward(readers, saved, deltas):
-    first, second = (*deltas, jnp.zeros(0))[:2]
+    first, second = (*deltas, jnp.zeros(0, jnp.float32))[:2]
     du, sums = maps.join_backward(first, second, *saved)
     return du, sums, du
 

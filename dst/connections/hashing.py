@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dst.network import Network
-
 Array = jax.Array
 
 
 def mix(x: Array) -> Array:
-    """Scrambles uint32, one to one (Wellons' lowbias32; `mix` of structure.cc is the same)."""
+    """Scrambles uint32, one to one (Wellons' lowbias32; `mix` of hashing.h is the same)."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
@@ -36,16 +34,3 @@ def hashes_of_layer(key: Array, l: int, columns: int, n_out: int) -> Array:
     """The numbers of all possible connections of layer l: uint32 (columns, n_out)."""
     column = jnp.arange(columns, dtype=jnp.uint32)
     return hashed(salts(key, l, n_out)[None, :], column[:, None])
-
-
-def hashes_at(net: Network, key: Array, position: Array) -> Array:
-    """The numbers of flat positions in the joined vector of all layers: int32 (n,) -> uint32."""
-    layers = list(net.layers.values())
-    n_out = np.array([layer.n_out for layer in layers], np.int32)
-    start = np.cumsum([0, *(layer.size for layer in layers[:-1])]).astype(np.int32)
-    first_salt = np.cumsum([0, *n_out[:-1]]).astype(np.int32)
-    salt = jnp.concatenate([salts(key, l, layer.n_out) for l, layer in enumerate(layers)])
-    l = jnp.searchsorted(jnp.asarray(start), position, side="right") - 1
-    at = jnp.maximum(l, 0)
-    column, output = jnp.divmod(position - jnp.asarray(start)[at], jnp.asarray(n_out)[at])
-    return hashed(salt[jnp.asarray(first_salt)[at] + output], column)

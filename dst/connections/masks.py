@@ -56,11 +56,20 @@ class Masks(Mapping[str, Array]):
         return cls(layers, dict(zip((layer.path for layer in layers), masks, strict=True)))
 
     def but(self, by_path: Mapping[str, Any]) -> Masks:
-        """These masks with others of some layers. Raises ConfigError: a layer that is not here."""
+        """These masks with others of some layers.
+
+        Raises ConfigError: a layer that is not here, a mask of another shape or that is not bool.
+        """
         if unknown := by_path.keys() - self.keys():
             raise ConfigError(
                 f"masks has no layer {min(unknown)!r}; it has {', '.join(map(repr, self))}."
             )
+        for path, mask in by_path.items():
+            if mask.shape != self[path].shape or mask.dtype != bool:
+                raise ConfigError(
+                    f"the mask of layer {path!r} must be bool of shape {self[path].shape}, not "
+                    f"{mask.dtype} of shape {mask.shape}."
+                )
         return Masks(self.layers, {**self, **by_path})
 
     @functools.cached_property

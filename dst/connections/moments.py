@@ -35,13 +35,14 @@ def recognise(opt_state: Any, params: Any, masks: Mapping[str, Any]) -> list[str
     """
     owners = {name: leaf.shape for name, leaf in _named(params)}
     layers = {f"{path}/kernel": path for path in masks}
-    smallest = min((mask.size for mask in masks.values()), default=math.inf)
+    # A leaf of one number is a count or a norm, whatever the layers are.
+    smallest = min((mask.size for mask in masks.values() if mask.size > 1), default=math.inf)
     found: list[str | None] = []
     for name, leaf in _named(opt_state):
         keys = name.split("/")
         tails = ("/".join(keys[i:]) for i in range(len(keys)))
         owner = next((tail for tail in tails if owners.get(tail) == leaf.shape), "")
-        if not owner and leaf.size >= smallest > 1:
+        if not owner and leaf.size >= smallest:
             raise ConfigError(
                 f"optimizer state {name!r} of shape {leaf.shape} belongs to no parameter of that "
                 "shape, so it cannot be kept sparse; use an optimizer that works coordinate by "

@@ -112,7 +112,8 @@ def _arrivals(layer: Large, b: Array, a: Array, b_end: Array, a_end: Array) -> P
     expected = layer.rate * _share(layer.g, b, b_end) * _share(layer.f, a, a_end)
     # Poisson numbers are written for one kind of key only.
     seed = jax.random.bits(jax.random.fold_in(key, 0), (), jnp.uint32)
-    count = jax.random.poisson(jax.random.key(seed, impl="threefry2x32"), expected)
+    own = jax.random.key(seed, impl="threefry2x32")
+    count = jax.random.poisson(own, expected, dtype=jnp.int32)
     random = jax.random.bits(jax.random.fold_in(key, 1), (2, layer.chunk), jnp.uint32)
     bounds = jnp.stack([b, b_end, a, a_end])
     draw = kernels.arrivals if on_cpu() else pairs_of
@@ -191,7 +192,7 @@ def sweep(layer: Large, see: Callable[[Any, Pairs], Any], carry: Any) -> Any:
 
 
 def enumerate_pairs(layer: Large, see: Callable[[Any, Pairs], Any], carry: Any) -> Any:
-    """Folds `see(carry, pairs)` over every inactive pair, in the order of their hashes as times."""
+    """Folds `see(carry, pairs)` over every inactive pair; their hashes are their times."""
     n_in, n_out, block = (jnp.uint32(n) for n in layer.sizes)
     total = (n_in + block - 1) // block * block * n_out
 
@@ -231,10 +232,12 @@ def pilot(layer: Large, asked: Array, rounds: int) -> Array:
 
 # ---------------------------------------------------------------------------- the earliest arrivals
 class Cut(NamedTuple):
-    """What came before it is in S: all of the intervals before `last`, `left` of that one."""
+    """S is what came before a cell of time, and the `left` earliest in it."""
 
-    last: Array  # int32 ()
+    begin: Array  # uint32 (), where the cell begins
+    shift: Array  # uint32 (), of 2^shift times; 32: all of them
     left: Array  # int32 ()
+    total: Array  # int32 (), |S|
 
 
 def intervals(chunk: int) -> int:
@@ -242,56 +245,66 @@ def intervals(chunk: int) -> int:
     return 2 ** min(20, chunk.bit_length())
 
 
-def _interval(time: Array, count: int) -> Array:
-    return (time >> (32 - count.bit_length() + 1)).astype(jnp.int32)
+def _within(cut: Cut, time: Array) -> Array:
+    """Whether it is in the cell: bool (n,)."""
+    return ((time ^ cut.begin) >> jnp.minimum(cut.shift, 31) == 0) | (cut.shift == 32)
 
 
-def count_times(counted: Array, pairs: Pairs) -> Array:
-    """First arrivals in each interval of time, those of `pairs` added: int32 (intervals,)."""
-    return counted.at[_interval(pairs.time, counted.size)].add(pairs.valid.astype(jnp.int32))
+def count_times(counted: Array, pairs: Pairs, cut: Cut) -> Array:
+    """First arrivals in each part of the cell, those of `pairs` added: int32 (parts,)."""
+    shift = cut.shift - (counted.size.bit_length() - 1)
+    at = ((pairs.time - cut.begin) >> shift).astype(jnp.int32)
+    new = pairs.valid & _within(cut, pairs.time)
+    return counted.at[jnp.where(new, at, 0)].add(new.astype(jnp.int32))
 
 
-def cut_of(counted: Array, asked: Array) -> Cut:
-    """Where the first `asked` arrivals end."""
-    total = jnp.cumsum(counted)
-    last = jnp.searchsorted(total, asked, side="left").astype(jnp.int32)
-    return Cut(last, asked - _before(total, last))
+def finer(cut: Cut, counted: Array) -> Cut:
+    """The part of the cell in which the last of S is."""
+    total = jnp.cumsum(counted, dtype=jnp.int32)
+    last = jnp.searchsorted(total, cut.left, side="left").astype(jnp.int32)
+    last = jnp.minimum(last, counted.size - 1)  # S is all that arrived
+    shift = cut.shift - (counted.size.bit_length() - 1)
+    found = jnp.where(cut.shift == 32, jnp.minimum(total[-1], cut.left), cut.total)
+    begin = cut.begin + (last.astype(jnp.uint32) << shift)
+    return Cut(begin, shift, cut.left - _before(total, last), found)
 
 
-def choose(cut: Cut, pairs: Pairs, count: int) -> tuple[Cut, Array]:
-    """Which pairs came before the cut, bool (n,), and what is left of its interval."""
-    interval = _interval(pairs.time, count)
-    at = pairs.valid & (interval == cut.last)
+def choose(cut: Cut, pairs: Pairs) -> tuple[Cut, Array]:
+    """Which pairs are in S, bool (n,), and what is left of its cell."""
+    at = pairs.valid & _within(cut, pairs.time)
     some = lax.cond(at.any(), lambda: lowest(pairs.time, at, cut.left), lambda: at)
     left = cut.left - some.sum(dtype=jnp.int32)
-    return cut._replace(left=left), (pairs.valid & (interval < cut.last)) | some
+    return cut._replace(left=left), (pairs.valid & (pairs.time < cut.begin)) | some
 
 
 def earliest(
-    walk: Callable, visit: Callable, asked: Array, count: int, carry: Any
+    walk: Callable, visit: Callable, asked: Array, count: int, carry: Any, counts: int = 1
 ) -> tuple[Any, Array]:
     """Folds `visit(carry, pairs, in S)` over pairs of which the `asked` earliest are S.
 
-    walk(see, carry) folds `see(carry, pairs)` over the same pairs at every call; time is cut into
-    `count` intervals. Also |S|.
+    walk(see, carry) folds `see(carry, pairs)` over the same pairs at every call. Time is cut into
+    `count` cells, `counts` times over; in the last cell those that are handed on first come first.
+    Also |S|.
     """
 
     def once(n: Array, so_far: tuple) -> tuple:
-        counted, carry = so_far
+        cut, carry = so_far
 
         def see(so_far: Any, pairs: Pairs) -> Any:
-            def count(counted, cut, carry):
-                return count_times(counted, pairs), cut, carry
+            def add(counted, cut, carry):
+                return count_times(counted, pairs, cut), cut, carry
 
             def hand_on(counted, cut, carry):
-                cut, chosen = choose(cut, pairs, counted.size)
+                cut, chosen = choose(cut, pairs)
                 return counted, cut, visit(carry, pairs, chosen)
 
-            return lax.cond(n == 0, count, hand_on, *so_far)
+            return lax.cond(n < counts, add, hand_on, *so_far)
 
-        counted, _, carry = walk(see, (counted, cut_of(counted, asked), carry))
-        return counted, carry
+        counted, cut, carry = walk(see, (jnp.zeros(count, jnp.int32), cut, carry))
+        cut = lax.cond(n < counts, lambda: finer(cut, counted), lambda: cut)
+        return cut, carry
 
+    everything = Cut(jnp.uint32(0), jnp.uint32(32), asked, jnp.int32(0))
     # One loop, so that what draws the pairs is compiled once.
-    counted, carry = lax.fori_loop(0, 2, once, (jnp.zeros(count, jnp.int32), carry))
-    return carry, jnp.minimum(counted.sum(), asked)
+    cut, carry = lax.fori_loop(0, counts + 1, once, (everything, carry))
+    return carry, cut.total

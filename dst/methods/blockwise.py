@@ -124,7 +124,7 @@ def strongest_missing(
     runs = [min(part.block, part.layer.n_in) for part in A.parts]
     inputs = [min(run, BLOCK) for run in runs]
     shapes = [(n, min(p.n_out, BLOCK // n)) for n, p in zip(inputs, A.parts, strict=True)]
-    room = max(map(math.prod, shapes))
+    largest = max(map(math.prod, shapes))
 
     def scorer(part: Part, shape: tuple[int, int]) -> Callable:
         layer = part.layer
@@ -141,7 +141,7 @@ def strongest_missing(
             score = A.without_existing(part, row, column[0], score)
             row = row + jnp.arange(shape[1], dtype=jnp.int32)
             row, column = jnp.broadcast_arrays(row[:, None], column[None])
-            new = Candidates(*map(padded, (row, column, score), (room,) * 3, (NOWHERE, 0, -1)))
+            new = Candidates(*map(padded, (row, column, score), (largest,) * 3, (NOWHERE, 0, -1)))
             return new, jnp.isfinite(G).all()
 
         return block

@@ -21,6 +21,7 @@ from dst.connections.masks import join
 from dst.connections.select import best
 from dst.methods.arrivals import Pairs
 from dst.methods.base import Method
+from dst.methods.distributions import first_counts
 from dst.methods.drop import DROPS
 from dst.methods.plan import Plan
 from dst.methods.sample import fold_by_chance, sampling
@@ -69,7 +70,7 @@ def nothing(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
 
 
 # ---------------------------------------------------------------------- everything that is inactive
-def everything(score: Callable[[SparseState, Any], Array], net: Network) -> Source:
+def everything(score: Callable[[SparseState, Any], Array]) -> Source:
     """Every inactive connection, scored at once: score(state, batch) -> (N,), >= 0."""
 
     def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
@@ -111,6 +112,7 @@ def by_dense_gradient(net: Network, loss: Loss) -> Callable[[SparseState, Any], 
 def by_chance_alone(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
     """SET's S: |P| inactive connections of the network, every set of them equally likely."""
     how, most = sampling(net, method, planned), room(net, method, planned)
+    free = net.possible - max(int(planned.active.max()), sum(first_counts(net, method).values()))
 
     def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
         A, P = state.masks, jnp.asarray(planned.grown)[event]
@@ -125,7 +127,7 @@ def by_chance_alone(net: Network, method: Method, planned: Plan, loss: Loss) -> 
         empty = no_candidates(most, A.weights(state.params).dtype)
         key = stream(state, REWIRE_STREAM)
         found, count = fold_by_chance(
-            how.chunk, most, A.parts, key, P, A.total, A.find, visit, empty
+            how.chunk, most, free, A.parts, key, P, A.total, A.find, visit, empty
         )
         return Sample(found, P, count, jnp.bool_(True))
 

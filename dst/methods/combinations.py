@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dst.connections.execution import EXECUTIONS
-from dst.errors import ConfigError, listed
+from dst.errors import ConfigError, check_value, listed, one_of
 from dst.methods.base import Method
 from dst.methods.before import BEFORE
 from dst.methods.drop import DROPS
 from dst.methods.grow import GROWTHS
 from dst.methods.heuristics import HEURISTICS
 from dst.methods.memory import MEMORIES
+from dst.methods.rules import check_values
 from dst.methods.share import SHARES
 
 
@@ -32,7 +33,8 @@ def _planned(method: Method) -> bool:
 
 
 def check(method: Method) -> None:
-    """Raises ConfigError: fields that do not go together, so that one would mislead."""
+    """Raises ConfigError: a field's value, or fields that do not go together and would mislead."""
+    check_values(method)
     for wrong, sentence in (*_of_sparsity(method), *_of_growth(method)):
         if wrong:
             raise ConfigError(sentence)
@@ -70,6 +72,12 @@ def _of_sparsity(method: Method) -> Iterable[tuple[object, str]]:
             drop and not score and (not _planned(method) or method.initial is None),
             f"score must not be '' for method {name!r}, which drops only as many as grow "
             "(or as `initial` has too many).",
+        ),
+        (
+            method.ramps and method.floor * (1 - method.first_sparsity) > 1 - method.sparsity,
+            f"floor must be at most {(1 - method.sparsity) / (1 - method.first_sparsity):.6g} for "
+            f"method {name!r}, or its sparsity never reaches {method.sparsity}, "
+            f"not {method.floor}.",
         ),
     )
 
@@ -113,7 +121,8 @@ def _free() -> list[str]:
 
 
 def check_execution(method: Method, execution: str) -> None:
-    """Raises ConfigError: a method that cannot run as planned in this execution."""
+    """Raises ConfigError: no such execution, a method that cannot run in it as planned."""
+    check_value("execution", execution, one_of(EXECUTIONS))
     if not EXECUTIONS[execution].kind.every_possible and (why := _obstacle(method)):
         what, instead = why
         raise ConfigError(

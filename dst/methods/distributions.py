@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from dst.errors import ConfigError, check_value, one_of
+from dst.errors import ConfigError, check_value, number, one_of
 from dst.methods.base import Method
 from dst.methods.schedules import largest_remainder
 from dst.network import Network
 from dst.vocabulary import Names
 
 Shapes = Mapping[str, tuple[int, ...]]
+SPARSITY = number(lambda v: 0 <= v < 1, "in [0, 1)")
 
 
 class Distribution(NamedTuple):
@@ -63,7 +64,8 @@ def active_count(possible: int, sparsity: float) -> int:
 
 
 def count_of(net: Network, sparsity: float) -> int:
-    """K = N - round(N s). Raises ConfigError: no connection is left."""
+    """K = N - round(N s). Raises ConfigError: not in [0, 1), or no connection is left."""
+    check_value("sparsity", sparsity, SPARSITY)
     N = net.possible
     K = active_count(N, sparsity)
     if not K:

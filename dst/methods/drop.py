@@ -29,7 +29,7 @@ class View(NamedTuple):
 
     A: Connections
     w: Array  # float (n,), the entries' weights
-    strength: Array  # float (n,), >= 0: what the weakest have least of
+    strength: Array  # float (n,), what the weakest have least of
     salt: Array  # of ties, see `Connections.by_layer`
     memory: Own  # what the method remembers
 
@@ -41,11 +41,12 @@ class Drop(NamedTuple):
     """A rule, and what it declares."""
 
     rule: Callable[[Network, Method], MayDrop]
-    planned: bool = True  # as many go as were planned; else only the rule knows, and never an arena
+    # As many go as were planned; else only the rule knows, and sparse execution refuses it.
+    planned: bool = True
     floors: bool = False  # whether it keeps each layer's `floor`
     asks: bool = True  # whether how many go follows from the drop fraction
     memory: tuple[str, ...] = ()  # names of `MEMORIES`
-    # What the weakest have least of, >= 0: (n,) of a view whose own strength is |w|.
+    # What the weakest have least of: (n,) of a view whose own strength is |w|.
     strength: Callable[[View], Array] = lambda view: view.strength
 
 

@@ -21,6 +21,7 @@ from dst.methods.candidates import (
 from dst.methods.drop import DROPS
 from dst.methods.heuristics import HEURISTICS
 from dst.methods.plan import Plan
+from dst.methods.schedules import rounded_up
 from dst.methods.subset import on_subset
 from dst.network import Network
 from dst.update import Loss
@@ -46,7 +47,7 @@ def chance(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
     """As many as are to grow (SET); all, where a rule says how many or layers share."""
     if DROPS[method.drop].planned and not method.share:
         return by_chance_alone(net, method, planned, loss)
-    return everything(by_chance, net)
+    return everything(by_chance)
 
 
 def _moved(method: Method, net: Network, planned: Plan, density: float) -> float:
@@ -58,7 +59,7 @@ def dense_gradient(net: Network, method: Method, planned: Plan, loss: Loss) -> S
     """RigL: the gradient of every possible connection, whole or a block at a time."""
     if method.growth_memory == "streamed":
         return streamed(net, method, planned, loss)
-    return everything(by_dense_gradient(net, loss), net)
+    return everything(by_dense_gradient(net, loss))
 
 
 def _at_once(method: Method) -> tuple[str, str] | None:
@@ -77,7 +78,7 @@ def _gradient(method: Method, net: Network, planned: Plan, density: float) -> fl
 def subset_sizes(method: Method, planned: Plan) -> np.ndarray:
     """|S_t| of every planned event, over all layers: int64 (E,)."""
     if method.subset_of == "active":  # of which the plan has but a bound for each layer
-        return np.ceil(method.subset_ratio * planned.active).astype(np.int64)
+        return np.array([rounded_up(method.subset_ratio, int(K)) for K in planned.active])
     return planned.subset.sum(1, dtype=np.int64)
 
 
@@ -98,7 +99,7 @@ GROWTHS = Names(
             dense_gradient, gradient="all", obstacle=_at_once, words=_gradient
         ),
         "momentum": Growth(
-            lambda net, method, planned, loss: everything(by_momentum, net),
+            lambda net, method, planned, loss: everything(by_momentum),
             every_step=True,
             memory=("momentum", "decay"),
             words=lambda *_: 1.0,  # the dense gradient of every step, beside the momentum

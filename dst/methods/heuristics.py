@@ -100,11 +100,11 @@ def synflow(net: Network) -> Callable[[SparseState], Marginals]:
     """
     subject, instead = "heuristic is 'synflow'", "use 'grabo' or 'uniform'"
     check_inputs(net, subject, instead)
-    marginals_of = jax.jit(functools.partial(synaptic_flow, net))
+    measure = jax.jit(functools.partial(synaptic_flow, net))
 
     def flow(state: SparseState) -> Marginals:
         with jax.enable_x64(True):
-            R, R_of_double, fg = marginals_of(state.params, state.masks, state.batch_stats)
+            R, R_of_double, fg = measure(state.params, state.masks, state.batch_stats)
             check_flow(R, R_of_double, subject, instead)
         return fg
 
@@ -173,7 +173,7 @@ def marginals_of(
     def run(state: SparseState, batch: Any) -> Marginals:
         value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
         held = net.layers if heuristic.holds else {}
-        summed = net.layers if heuristic.sums else {}
+        summed = net.layers if heuristic.sums and not held else {}
         return find(net, state, look(held, summed, value, state))
 
     return run

@@ -1,7 +1,12 @@
 """Lottery tickets (Frankle and Carbin, 2019): train, keep the largest, start over, several times.
 
 A round trains theta_0 x masks for the whole schedule; `winning` chooses the next round's masks from
-the trained weights and `ticket` takes them back to theta_0, which the key gives again.
+the trained weights and `ticket` takes them back to theta_0, which the key gives again:
+
+    masks = None
+    for following in [*dst.lottery.levels(0.98)[1:], None]:
+        state = train(dst.lottery.ticket(net, tx, method, key, masks))
+        masks = masks if following is None else dst.lottery.winning(net, state, following)
 """
 
 from __future__ import annotations

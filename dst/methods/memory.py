@@ -31,7 +31,7 @@ class Memory(NamedTuple):
 
     first: Callable[..., Any]  # (method, A, kernels, key) -> before the first step
     step: Callable[[Own, Mapping[str, Array]], Any] | None = None  # (own, gradients), after a step
-    # (own, A, how many were dropped, how many were to be), after a rewire
+    # (own, A, how many the rule asked to drop, how many were to grow), after a rewire
     rewire: Callable[[Own, Any, Array, Array], Any] | None = None
     report: Callable[[Any], Array] | None = None  # what a rewire reports of it
     needs: str = ""  # why sparse execution cannot: "it remembers ..."; "" if it can

@@ -16,6 +16,7 @@ from dst.methods.schedules import (
     events,
     largest_remainder,
     portion,
+    rounded_up,
 )
 from dst.network import Network
 
@@ -51,11 +52,12 @@ def plan(net: Network, method: Method) -> Plan:
         wanted = [portion(p, A) for p, A in zip(drop_fractions(method), active, strict=True)]
         grown = np.minimum(wanted, inactive)
     if method.subset_of == "active":
-        most = np.ceil(method.subset_ratio * np.minimum(sizes, max(active))).astype(np.int64)
+        K = max(*active, active_count(N, first))
+        most = [rounded_up(method.subset_ratio, min(size, K)) for size in sizes]
         subset = np.tile(np.minimum(most, sizes), (len(steps), 1))
     else:
-        totals = np.ceil(method.subset_ratio * grown).astype(np.int64)
-        subset = np.stack([largest_remainder(int(total), sizes, sizes) for total in totals])
+        totals = [rounded_up(method.subset_ratio, int(n)) for n in grown]
+        subset = np.stack([largest_remainder(total, sizes, sizes) for total in totals])
     return Plan(*(np.asarray(a, np.int32) for a in (steps, active, grown, subset)))
 
 
@@ -74,15 +76,16 @@ def asked(method: Method, subset: jax.Array, active: jax.Array) -> jax.Array:
     """|S_l| of each layer: the plan's, or c |A_l|, rounded up. Shapes: int32 (L,), (L,) -> (L,)."""
     if method.subset_of == "dropped":
         return subset
-    wanted = jnp.ceil(method.subset_ratio * active.astype(jnp.float32)).astype(jnp.int32)
+    # 2^-22: a product that misses an integer by float32's rounding is that integer.
+    product = method.subset_ratio * active.astype(jnp.float32) * np.float32(1 - 2**-22)
+    wanted = jnp.ceil(product).astype(jnp.int32)
     return jnp.minimum(wanted, subset)
 
 
 def floors(net: Network, method: Method) -> np.ndarray:
     """Connections that the drop leaves each layer, int64 (L,): floor(floor x its first count)."""
-    first = np.array([*first_counts(net, method).values()], np.int64)
-    # Rounded: 0.29 * 100 is 28.999999999999996 in float64.
-    return np.floor(np.round(method.floor * first, 6)).astype(np.int64)
+    first = first_counts(net, method).values()
+    return np.array([portion(method.floor, count) for count in first], np.int64)
 
 
 def due(method: Method, step: int) -> bool:

@@ -21,6 +21,7 @@ from dst.connections.base import Part, table
 from dst.methods import arrivals
 from dst.methods.arrivals import LAST, Exists, Pairs
 from dst.methods.base import Method
+from dst.methods.distributions import active_count
 from dst.methods.plan import Plan
 from dst.methods.units import cumulative_shares, draw_pairs
 from dst.network import Network
@@ -48,7 +49,7 @@ def sampling(net: Network, method: Method, planned: Plan) -> Sampling:
     for layer, size in zip(layers, most, strict=True):
         of_shape[layer.shape] = max(of_shape.get(layer.shape, 1), int(size))
     sizes = tuple(of_shape[layer.shape] for layer in layers)
-    K = int(planned.active.max())
+    K = max(int(planned.active.max()), active_count(net.possible, method.first_sparsity))
     exhaustible = tuple(
         size >= layer.size - K and layer.size < 2**31
         for size, layer in zip(sizes, layers, strict=True)
@@ -143,6 +144,7 @@ def _sorted(part: Part, S: Array, valid: Array) -> Pairs:
 def fold_by_chance(
     chunk: int,
     most: int,
+    free: int,
     parts: Sequence[Part],
     key: Array,
     asked: Array,
@@ -154,12 +156,12 @@ def fold_by_chance(
     """Folds `visit(carry, pairs, in S)` over `asked` inactive connections of the network by chance.
 
     Every set of them, of all layers together, is equally likely. `key` and `active` are the
-    network's; asked <= `most`. Also how many there were.
+    network's; asked <= `most`, and at least `free` are inactive. Also how many there were.
     """
     possible = sum(part.layer.size for part in parts)
     enough = lambda n: n + 6 * n**0.5 + 10  # noqa: E731
     # Arrivals that are nearly all pairs cost more than all pairs; their hashes are times too.
-    all_pairs = possible < 2**31 and 4 * enough(most) >= possible
+    all_pairs = possible < 2**31 and 4 * enough(most) >= free
     inactive = jnp.float32(possible) - active
     share = jnp.minimum(enough(asked.astype(jnp.float32)) / jnp.maximum(inactive, 1), 0.999)
     rate = -jnp.log1p(-share)  # of each pair
@@ -170,8 +172,8 @@ def fold_by_chance(
     def walk(see: Callable, carry: Any) -> Any:
         def one(l: Array, carry: Any) -> Any:
             f, g = (
-                cumulative_shares((jnp.arange(most) < n[l]).astype(jnp.float32))
-                for most, n in ((widest, n_in), (longest, n_out))
+                cumulative_shares((jnp.arange(size) < n[l]).astype(jnp.float32))
+                for size, n in ((widest, n_in), (longest, n_out))
             )
             there = lambda column, output: exists(l, column, output)  # noqa: E731
             sizes = arrivals.Sizes(n_in[l], n_out[l], block[l])
@@ -182,7 +184,9 @@ def fold_by_chance(
 
         return lax.fori_loop(0, len(parts), one, carry)
 
-    return arrivals.earliest(walk, visit, asked, arrivals.intervals(chunk), carry)
+    # Enumerated pairs come in an order that the executions do not share: the cut is exact, 32 bits.
+    cells, counts = (2**16, 2) if all_pairs else (arrivals.intervals(chunk), 1)
+    return arrivals.earliest(walk, visit, asked, cells, carry, counts)
 
 
 # ------------------------------------------------------------------------------------- small layers

@@ -33,11 +33,10 @@ def portion(fraction: float, active: int) -> int:
     return min(math.floor(fraction * active + noise), active)
 
 
-def drop_counts(active: int, initial: float, every: int, end: int, last: float = 0.0) -> np.ndarray:
-    """|P_t| = floor(p_t |A|) of every event, int64 (E,); never more than `active`."""
-    steps = events(every, end)
-    counts = [portion(cosine_drop_fraction(t, end, initial, last), active) for t in steps]
-    return np.array(counts, np.int64)
+def rounded_up(ratio: float, count: int) -> int:
+    """ceil(c n), whatever float64's rounding adds to an integer."""
+    noise = 8 * np.finfo(np.float64).eps * ratio * count  # 1.1 * 50 is 55
+    return math.ceil(ratio * count - noise)
 
 
 def largest_remainder(total: int, weights: Sequence[int], caps: Sequence[int]) -> np.ndarray:
@@ -78,5 +77,8 @@ def learning_rate(
     base: float, drop_epochs: Sequence[float], factor: float, steps_per_epoch: int
 ) -> optax.Schedule:
     """`base`, times `factor` from the first step of each of `drop_epochs`, maybe fractions, on."""
-    drops = {round(epoch * steps_per_epoch): factor for epoch in drop_epochs}
+    drops: dict[int, float] = {}
+    for epoch in drop_epochs:  # two of them may be one step
+        step = round(epoch * steps_per_epoch)
+        drops[step] = drops.get(step, 1.0) * factor
     return optax.piecewise_constant_schedule(base, drops)

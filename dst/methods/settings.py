@@ -13,7 +13,7 @@ from dst.data.table import DATASETS
 from dst.errors import ConfigError
 from dst.methods.base import Method
 from dst.methods.before import BEFORE
-from dst.methods.combinations import check_execution, memories, unread
+from dst.methods.combinations import check, check_execution, memories, unread
 from dst.methods.table import METHODS, method, row_of
 from dst.models.table import never_reads
 
@@ -70,7 +70,12 @@ def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
     if "momentum" in memories(row):
         options["momentum"] = config.momentum
     options |= {"every": config.rewire_every, "end": end_of(config, steps_per_epoch)}
-    return method(config.method, config.sparsity, **options)
+    try:
+        return method(config.method, config.sparsity, **options)
+    except ConfigError as error:  # which names a field of the method
+        name, _, rest = str(error).partition(" ")
+        fields = {name: field for field, name in (OWN | FIELDS).items()}
+        raise ConfigError(f"{fields.get(name, name)} {rest}") from None
 
 
 def end_of(config: ConfigDict, steps_per_epoch: int) -> int:
@@ -129,11 +134,7 @@ def check_config(config: ConfigDict) -> None:
     a ramp that the run ends before, Lottery's levels that do not begin with every connection."""
     images = DATASETS[config.dataset].train_images - config.validation_size
     config, per_epoch = resolve(config), images // config.batch_size
-    if (config.initial_sparsity or 0.0) > config.sparsity:
-        raise ConfigError(
-            f"initial_sparsity must be at most {config.sparsity}, the sparsity to reach, "
-            f"not {config.initial_sparsity}."
-        )
+    check(row_of(config.method, config.sparsity))  # a user's row, before it is asked what it reads
     made = method_of(config, per_epoch)
     check_execution(made, config.execution)
     if made.ramps and made.end >= config.epochs * per_epoch:

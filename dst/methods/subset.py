@@ -143,7 +143,7 @@ def observed(
     """h and delta of the layers that are held, and f x g: one pass, or none."""
     heuristic = HEURISTICS[method.heuristic]
     held = {p: layer for p, layer in net.layers.items() if heuristic.holds or p not in later}
-    summed = {p: layer for p, layer in later.items() if heuristic.sums}
+    summed = {p: layer for p, layer in later.items() if heuristic.sums and p not in held}
     seen = look(held, summed, value, state)
     fg = heuristic.measure(net, state, seen) if heuristic.measure else fg
     return seen.units, {path: fg[path] for path in net.layers}
@@ -190,9 +190,9 @@ class Search:
             l, first = index[m], firsts[m]
 
             def visit(carry: tuple[Candidates, Array], pairs: Pairs, chosen: Array):
-                score = jnp.where(chosen, lax.switch(m, scores, pairs.column, pairs.output), -1)
+                score = lax.switch(m, scores, pairs.column, pairs.output)
                 row = part.row(pairs.column, pairs.output) + first
-                return self._ranked(*carry, row, pairs.column, score)
+                return self._ranked(*carry, row, pairs.column, score, chosen)
 
             (found, finite), count = fold_subset(
                 self.how,
@@ -212,26 +212,26 @@ class Search:
 
     def rank(self, tally: Sample, S: Mapping[str, tuple[Array, Array]], G: Any) -> Sample:
         """The best of what is held among those so far, by the gradients on it."""
-        rows, columns, scores = [], [], []
+        rows, columns, scores, real = [], [], [], []
         for part in self.A.parts:
             if part.layer.path in S:
                 position, count = S[part.layer.path]
                 column, output = jnp.divmod(position, part.n_out)
-                counts = jnp.arange(position.size) < count
                 rows.append(part.row(column, output) + part.first)
                 columns.append(column)
-                score = self.score_of(part.layer, G[part.layer.path])
-                scores.append(jnp.where(counts, score, -1))
-        listed = (jnp.concatenate(a) for a in (rows, columns, scores))
+                scores.append(self.score_of(part.layer, G[part.layer.path]))
+                real.append(jnp.arange(position.size) < count)
+        listed = (jnp.concatenate(a) for a in (rows, columns, scores, real))
         found, finite = self._ranked(tally.found, tally.finite, *listed)
         return tally._replace(found=found, finite=finite)
 
     def _ranked(
-        self, found: Candidates, finite: Array, row: Array, column: Array, score: Array
+        self, found: Candidates, finite: Array, row: Array, column: Array, score: Array, S: Array
     ) -> tuple[Candidates, Array]:
-        """The best with these among them, and whether all scores were finite; -1 is none."""
-        new = Candidates(row, column, score.astype(found.score.dtype))
-        return best(found, new, self.P, self.salt), finite & jnp.isfinite(score).all()
+        """The best with those in S among them, and whether all scores were finite and >= 0."""
+        right = jnp.isfinite(score) & (score >= 0)
+        new = Candidates(row, column, jnp.where(S & right, score, -1).astype(found.score.dtype))
+        return best(found, new, self.P, self.salt), finite & (right | ~S).all()
 
 
 def scorer(

@@ -22,6 +22,11 @@
 
 `rewire.py` has the one step in which those that drop or grow differ, `before.py` what prunes before
 training, `lottery.py` the rounds. What drops and what grows are rows of `DROPS` and `GROWTHS`.
+
+Where sources differ, in every row: the drop and the growth are global, S is split over layers by
+size, what was just dropped does not return in the same step, the gradient is taken before the drop
+on the current batch, grown weights and their moments start at 0, then the ordinary step follows.
+What a row chose of its own is its `choice`.
 """
 
 from __future__ import annotations
@@ -30,25 +35,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dst.errors import (
-    YES_OR_NO,
-    ConfigError,
-    Rule,
-    check_value,
-    choice,
-    integer,
-    listed,
-    number,
-    one_of,
-)
+from dst.errors import ConfigError, check_value, one_of
 from dst.methods.base import Method
-from dst.methods.before import BEFORE
 from dst.methods.combinations import check, unread
-from dst.methods.distributions import DISTRIBUTIONS
 from dst.methods.drop import DROPS
-from dst.methods.grow import GROWTHS
-from dst.methods.heuristics import HEURISTICS
-from dst.methods.share import SHARES
+from dst.methods.rules import RULES, check_values
 from dst.vocabulary import Names
 
 
@@ -64,9 +55,10 @@ class Row(NamedTuple):
 
 
 def _check_row(who: str, row: Row) -> None:
-    if unknown := row.fields.keys() - Method._fields:
+    own = RULES.keys() - {"sparsity"}  # which is a run's
+    if unknown := row.fields.keys() - own:
         raise ConfigError(
-            f"{who} has no field {min(unknown)!r}; a method has {', '.join(Method._fields)}."
+            f"{who} has no field {min(unknown)!r}; a row may have {', '.join(sorted(own))}."
         )
 
 
@@ -205,40 +197,6 @@ METHODS = Names(
 )
 
 
-def _or_nothing(names: Names) -> Rule:
-    """One of these, or ''."""
-    known = one_of(names)[0]
-    return lambda v: v == "" or known(v), lambda: listed(["", *(n for n in names if n)])
-
-
-SPARSITY = number(lambda v: 0 <= v < 1, "in [0, 1)")
-FRACTION = number(lambda v: 0 <= v <= 1, "in [0, 1]")
-# What the fields of a method may be.
-RULES: dict[str, Rule] = {
-    "initial": SPARSITY,
-    "distribution": one_of(DISTRIBUTIONS),
-    "gain": number(lambda v: v > 0, "> 0"),
-    "before": _or_nothing(BEFORE),
-    "temperature": number(lambda v: v > 0, "> 0"),
-    "iterations": integer(1),
-    "drop": _or_nothing(DROPS),
-    "score": one_of(GROWTHS),
-    "share": _or_nothing(SHARES),
-    "heuristic": _or_nothing(HEURISTICS),
-    "growth_memory": choice("dense", "streamed"),
-    "drop_fraction": FRACTION,
-    "last_fraction": FRACTION,
-    "floor": number(lambda v: 0 <= v < 1, "in [0, 1)"),
-    "every": integer(1),
-    "end": integer(1),
-    "subset_ratio": number(lambda v: v >= 1, ">= 1"),
-    "subset_of": choice("dropped", "active"),
-    "rounds": integer(1),
-    "explored": YES_OR_NO,
-    "momentum": number(lambda v: 0 <= v < 1, "in [0, 1)"),
-}
-
-
 def row_of(name: str, sparsity: float = 0.0) -> Method:
     """The method of this name, whatever else it may be given."""
     return Method(name, 0.0 if name == "dense" else sparsity)._replace(**METHODS[name].fields)
@@ -251,7 +209,6 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
     or heuristic, a value out of range, fields that do not go together or that it never reads.
     """
     check_value("method", name, one_of(METHODS))
-    check_value("sparsity", sparsity, SPARSITY)
     unknown = options.keys() - Method._fields
     if unknown:
         raise ConfigError(
@@ -260,10 +217,8 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
     # A step count is often NumPy's; a method holds plain numbers.
     options = {f: v.item() if isinstance(v, np.generic) else v for f, v in options.items()}
     row = row_of(name, sparsity)
-    for field, value in {**METHODS[name].fields, **options}.items():
-        if value is not None or field != "initial":
-            check_value(field, value, RULES[field])
     made = row._replace(**options)
+    check_values(made._replace(sparsity=sparsity))  # that of a dense network is not read
     if made.initial != row.initial and not (made.drop and DROPS[made.drop].planned):
         raise ConfigError(f"initial must be {row.initial} for method {name!r}, not {made.initial}.")
     check(made)

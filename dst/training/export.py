@@ -18,7 +18,7 @@ from scipy.sparse import coo_array, csr_array
 
 from dst.connections.base import Connections
 from dst.connections.execution import EXECUTIONS, forward, init_rest
-from dst.errors import ConfigError
+from dst.errors import ConfigError, check_value, one_of
 from dst.network import Network
 from dst.state import SparseState
 
@@ -93,6 +93,8 @@ def predictor(net: Network, source: SparseState | str | os.PathLike) -> Callable
     holds off the masks is left out, as `export` does. Raises: those of `load`, a file of another
     network, a state whose parameters are not those of its connections.
     """
+
+    check_value("execution", net.execution, one_of(EXECUTIONS))
 
     @jax.jit
     def run(network, *inputs):

@@ -197,7 +197,7 @@ def rewire(run: Parts, state: SparseState, step: int) -> SparseState:
     report = jax.tree.map(lambda a: a.item(), jax.device_get(report))
     if not report.pop("finite"):
         raise FloatingPointError(
-            f"a score or weight is NaN or infinite in the rewire of step {step}"
+            f"a score or weight is NaN, infinite or a score negative in the rewire of step {step}"
         )
     run.writer.write("rewire", step, **report, seconds=time.monotonic() - begin)
     # A ramp takes nine tenths of most layers, as it should.

@@ -56,8 +56,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     rounds: list[dict] = []
     steps_before = 0
     for n, (level, following) in enumerate(zip(sparsities, (*sparsities[1:], None), strict=True)):
-        folder = workdir / "rounds" / f"{level:.4g}" if following is not None else workdir
-        log.say(f"Round {n + 1} of {len(sparsities)}: sparsity {level:.4g}, in {folder}.")
+        folder = workdir / "rounds" / f"{level:.10g}" if following is not None else workdir
+        log.say(f"Round {n + 1} of {len(sparsities)}: sparsity {level:.10g}, in {folder}.")
         this = config.copy_and_resolve_references()
         this.sparsity = level
         net, state, done = run_once(this.lock(), folder, masks, tuple(rounds))

@@ -205,7 +205,7 @@ def as_activation(x: Read) -> tuple[Array, Array]:
 
 def as_read(a: Read) -> tuple[Array, Array, Array]:
     """The arguments that say how a map is read: itself, the other one and k, or nothing."""
-    nothing = jnp.zeros(0)
+    nothing = jnp.zeros(0, jnp.float32)
     return a.map, nothing if a.other is None else a.other, nothing if a.k is None else a.k
 
 

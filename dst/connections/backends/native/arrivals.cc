@@ -1,5 +1,5 @@
 // Arrivals of a bucket as XLA custom calls: units drawn by their shares, pairs sorted, repeats
-// counted; and whether sorted pairs exist. What dst/arrivals.py and dst/select.py say in pure JAX.
+// counted; and whether sorted pairs exist. What arrivals.py and select.py say in pure JAX.
 #include <algorithm>
 #include <array>
 #include <cstdint>

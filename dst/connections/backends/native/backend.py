@@ -44,13 +44,13 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) 
 
 def build_sdist(sdist_directory, config_settings=None) -> str:
     # Every machine compiles its own; setuptools takes what is there, as for a wheel.
-    aside = {path: path.with_suffix(".aside") for path in HERE.glob("*.so")}
+    aside = []
     try:
-        for path, other in aside.items():
-            path.rename(other)
+        for path in HERE.glob("*.so"):
+            aside.append((path.rename(path.with_suffix(".aside")), path))
         return build_meta.build_sdist(sdist_directory, config_settings)
     finally:
-        for path, other in aside.items():
+        for other, path in aside:
             other.rename(path)
 
 

@@ -1,6 +1,6 @@
 // Sparse convolutions as XLA custom calls: arguments checked, connections listed for the inner
 // loops of convolve.cc, work divided over threads. Maps are logically (N, H, W, C), batch innermost in
-// memory: dst/kernels.py asks XLA for that layout.
+// memory: cpp.py asks XLA for that layout.
 #include <algorithm>
 #include <atomic>
 #include <cstring>

@@ -191,7 +191,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstGradientOn, dst::gradient_on,
                                   .Ret<Floats>()
                                   .Attr<int64_t>("threads"));
 
-// What the library was built from, for which version of XLA's interface (dst/kernels.py refuses
+// What the library was built from, for which version of XLA's interface (cpp.py refuses
 // another one before it is registered), and which instruction set it uses here.
 extern "C" const char* dst_sources() { return DST_SOURCES; }
 extern "C" const char* dst_interface() {

@@ -1,4 +1,4 @@
-// `mix` and `hashed` of dst/hashing.py.
+// `mix` and `hashed` of connections/hashing.py.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
 // Whole maps around sparse convolutions as XLA custom calls: arguments checked, work divided over
-// threads. Maps are logically (N, H, W, C), batch innermost in memory: dst/maps.py asks XLA for that
+// threads. Maps are logically (N, H, W, C), batch innermost in memory: backends/maps.py asks XLA for that
 // layout.
 #include <algorithm>
 #include <cstring>
