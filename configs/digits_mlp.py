@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 32
     config.epochs = 60  # of 44 steps
     config.learning_rate = 0.05
+    config.init_gain = 2.0  # He's, as when the rest was chosen
     config.weight_decay = 2e-3  # this and the batch size were chosen on held-out training images
     config.rewire_every = 100
     config.rewire_end_epoch = 45

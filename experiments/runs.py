@@ -28,6 +28,7 @@ from dst.methods.settings import never_read, resolve
 from dst.models import MODELS
 from dst.training.log import read
 
+BEFORE_IT = {"init_gain": 2.0}  # what runs had before there was a field, if not its default
 ROOT = Path(__file__).parents[1]
 # Measured on CPU, a user's model aside; only for progress and ETA.
 STEP_COST = {"vgg": 1.0, "resnet": 7.0, "mlp": 0.1}
@@ -175,11 +176,11 @@ def configured(**fields: Any) -> ConfigDict:
 
 
 def logged(header: Mapping[str, Any]) -> ConfigDict:
-    """The config of a log's first line; fields that are newer than it have their default.
+    """The config of a log's first line; fields that are newer than it have what it ran with.
 
     It was valid when it was run; since then it is resolved, and a method's "" is no user's value.
     """
-    return resolve(_filled(header["config"]))
+    return resolve(_filled({**BEFORE_IT, **header["config"]}))
 
 
 def trainings(config: ConfigDict) -> tuple[float, ...]:

@@ -41,8 +41,8 @@ def arguments(parser: argparse.ArgumentParser, methods: tuple[str, ...]) -> None
 def own(scale: str, setting: tuple[str, str], method: str) -> dict[str, Any]:
     """What a row has of its own beside its name."""
     fields: dict[str, Any] = {}
-    if setting[1] == "vgg" and method in FROM_DENSE:
-        fields["init_gain"] = 1.0  # He's 2 dies within five steps at learning rate 0.1
+    if scale == "short" and setting[1] == "vgg" and method in FROM_DENSE:
+        fields["init_gain"] = 1.0  # 2, that scale's, dies within five steps at learning rate 0.1
     if scale == "short" and method in ("grasp", "grasp_abs"):
         fields["score_batches"] = 100  # of 391: scoring would take longer than training
     if method == "deepr":

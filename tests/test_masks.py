@@ -220,13 +220,13 @@ def test_weights_scale_with_the_fan_in_of_their_own_unit():
     assert fan_in_weights(key, np.zeros(0, np.int64), 4).shape == (0,)
 
 
-def test_variance_is_two_over_the_fan_in_in_every_unit():
+def test_variance_is_one_over_the_fan_in_in_every_unit():
     fan_in = (40_000, 10_000, 400)
     output = np.random.default_rng(0).permutation(np.repeat(np.arange(3), fan_in))
     weights = fan_in_weights(jax.random.key(9), output, 3).astype(np.float64)
     for unit, count in enumerate(fan_in):
         w = weights[output == unit]
-        assert stats.kstest(w / math.sqrt(2 / count), "norm").pvalue > 1e-4
+        assert stats.kstest(w * math.sqrt(count), "norm").pvalue > 1e-4
 
 
 def test_weights_are_drawn_for_the_connections_alone():

@@ -12,9 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import methods, provenance, sweep
+from experiments import full_length, methods, provenance, sweep
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "experiments/results/README.md").read_text()
 
 
 def test_fifteen_lines_train_an_unknown_model(monkeypatch):
@@ -32,51 +34,55 @@ def test_fifteen_lines_train_an_unknown_model(monkeypatch):
     assert np.mean(np.argmax(logits, -1) == names["y"]) > 0.9
 
 
-def test_the_files_it_names_exist():
+def test_the_memory_claim_runs(capsys):
+    """As it is written, on a layer 256 times narrower."""
+    (claim,) = [
+        code for code in re.findall(r"```py\n(.*?)```", README, re.DOTALL) if "rusage" in code
+    ]
+    exec(compile(claim.replace("65536", "256").replace("0.999", "0.9"), "README claim", "exec"), {})
+    assert re.fullmatch(r"[\d.]+ GiB; dense .*: 0 GiB\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("file", ["README.md", "experiments/results/README.md"])
+def test_the_files_it_names_exist(file):
     """Links and configurations."""
-    root = Path(__file__).parents[1]
-    for name in re.findall(r"\]\(([\w/.]+)\)|(configs/\w+\.py)", README):
-        assert (root / (name[0] or name[1])).exists(), name
+    text = (ROOT / file).read_text()
+    for link, config in re.findall(r"\]\(([\w/.-]+)\)|(configs/\w+\.py)", text):
+        assert ((ROOT / file).parent / link if link else ROOT / config).exists(), (link, config)
 
 
 def test_the_results_are_those_of_the_committed_logs():
-    """The README's table is what `experiments/summary.py` prints."""
-    root = Path(__file__).parents[1]
+    """The table of runs is what `experiments/summary.py` prints."""
     done = subprocess.run(
-        [sys.executable, root / "experiments" / "summary.py"],
+        [sys.executable, ROOT / "experiments" / "summary.py"],
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    table = re.search(r"<!-- python experiments/summary.py -->\n(.*?)\n<!--", README, re.DOTALL)
+    table = re.search(r"<!-- python experiments/summary.py -->\n(.*?)\n<!--", RESULTS, re.DOTALL)
     assert table and table[1] == done.stdout.strip()
 
 
 MARKED = r"<!-- python -m experiments.(\w+) ([^\n]*?) -->\n(.*?)\n<!--"
-EXPERIMENTS = re.findall(MARKED, README, re.DOTALL)
+EXPERIMENTS = re.findall(MARKED, README + RESULTS, re.DOTALL)
 
 
 @pytest.mark.parametrize(("name", "arguments", "table"), EXPERIMENTS)
 def test_the_tables_are_those_of_the_committed_logs(name, arguments, table, monkeypatch):
     """What the command over each table prints."""
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
     options, results = sweep.results(experiment, shlex.split(arguments))
     assert results and experiment.table(options, results) == table
 
 
-def test_the_methods_are_those_of_the_registry():
-    """The table of methods is what `experiments/methods.py` prints."""
-    table = re.search(r"<!-- python -m experiments.methods -->\n(.*?)\n<!--", README, re.DOTALL)
-    assert table and table[1] == methods.table()
-
-
-def test_it_is_told_how_each_run_was_made():
-    """Every committed log, its command, seeds, machine and revision."""
-    text = (Path(__file__).parents[1] / "experiments/results/README.md").read_text()
-    table = re.search(r"<!-- python -m experiments.provenance -->\n(.*?)\n<!--", text, re.DOTALL)
-    assert table and table[1] == provenance.table()
+@pytest.mark.parametrize("module", [methods, full_length, provenance])
+def test_the_tables_are_those_that_their_modules_print(module):
+    """Every method; every run of the paper's length; every committed log, and how it was made."""
+    marker = rf"<!-- python -m {module.__name__} -->\n(.*?)\n<!--"
+    table = re.search(marker, README + RESULTS, re.DOTALL)
+    assert table and table[1] == module.table()
 
 
 def test_the_savings_are_those_of_the_committed_benchmarks():
@@ -86,7 +92,7 @@ def test_the_savings_are_those_of_the_committed_benchmarks():
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     marker = r"<!-- python -m experiments.benchmarks.table -->\n(.*?)\n<!--"
     table = re.search(marker, README, re.DOTALL)

@@ -36,7 +36,7 @@ def _distinct(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
     return found
 
 
-def fan_in_weights(key: jax.Array, output: np.ndarray, n_out: int, gain: float = 2.0) -> np.ndarray:
+def fan_in_weights(key: jax.Array, output: np.ndarray, n_out: int, gain: float = 1.0) -> np.ndarray:
     """Weights of variance gain / n_j, n_j the actual fan-in of output unit j (Evci et al., 2019).
 
     Shapes: output (M,), the unit of each connection -> float32 (M,); only these M are drawn. Gain 2

@@ -12,7 +12,7 @@ class Method(NamedTuple):
     sparsity: float  # s, of all possible connections
     initial: float | None = None  # sparsity at the first step; None: s from the first step on
     distribution: str = "uniform"  # of the sparsity over the layers at the start
-    gain: float = 2.0  # variance of a new network's weights x fan-in; 2 is He's
+    gain: float = 1.0  # variance of a new network's weights x fan-in; 2 is He's
     before: str = ""  # a row of `BEFORE`, what prunes once, before the first step
     temperature: float = 200.0  # T of GraSP's logits / T
     iterations: int = 100  # n of SynFlow's d_k = (1 - s)^(k/n)

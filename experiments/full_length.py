@@ -1,0 +1,126 @@
+"""Runs of the paper's length beside the paper's numbers: a table, and accuracy over the epochs.
+
+python -m experiments.full_length [FIGURE.png]      (of the logs in experiments/results)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dst.training import figures, log
+from experiments import paper
+from experiments.summary import RESULTS
+from experiments.tables import COLORS, LABELS, markdown, named, theirs
+
+EPOCHS = 200
+HEADER = ["network", "method", "sparsity", "ours", "seeds", "paper", "difference", "hours a run"]
+
+
+class Cell(NamedTuple):
+    """What is compared over seeds."""
+
+    setting: tuple[str, str]  # (data set, model)
+    method: str
+    heuristic: str
+    ratio: float  # |S| / |P|
+    sparsity: float
+
+    @property
+    def name(self) -> str:
+        """The method; what is not the paper's choice is said."""
+        words = [self.heuristic] if self.heuristic not in ("", "grabo") else []
+        words += [f"S = {self.ratio:g} P"] if self.method == "gse" and self.ratio != 10 else []
+        return ", ".join([LABELS[self.method], *words])
+
+    @property
+    def paper(self) -> float | None:
+        """Theirs, of Table 1."""
+        as_theirs = self.name == LABELS[self.method]
+        return paper.table1(self.setting, self.method, self.sparsity) if as_theirs else None
+
+
+class Log(NamedTuple):
+    """A finished run."""
+
+    cell: Cell
+    config: dict[str, Any]
+    events: list[dict[str, Any]]
+
+
+def logs() -> Iterator[Log]:
+    """Every committed run of the paper's length."""
+    for path in sorted(RESULTS.glob("*/*.jsonl")):
+        header, events = log.read(path)
+        config = header["config"]
+        if config["epochs"] == EPOCHS and events[-1]["event"] == "end":
+            heuristic = config["heuristic"] if config["method"] == "gse" else ""
+            setting = config["dataset"], config["model"]
+            ratio, sparsity = config["subset_ratio"], config["sparsity"]
+            yield Log(Cell(setting, config["method"], heuristic, ratio, sparsity), config, events)
+
+
+def cells() -> dict[Cell, list[Log]]:
+    """Best of the paper's first, then in the order of their names."""
+    found: dict[Cell, list[Log]] = {}
+    for one in logs():
+        found.setdefault(one.cell, []).append(one)
+    rank = lambda cell: (cell.setting, cell.sparsity, -(cell.paper or 0), cell.name)  # noqa: E731
+    return {cell: found[cell] for cell in sorted(found, key=rank)}
+
+
+def table() -> str:
+    """Mean over the seeds in %, the paper's, and how far ours is above it."""
+    return markdown(HEADER, [row(cell, runs) for cell, runs in cells().items()])
+
+
+def row(cell: Cell, runs: list[Log]) -> list[str]:
+    """One line of the table."""
+    ours, hours = (sum(values) / len(runs) for values in zip(*map(measured, runs), strict=True))
+    return [
+        named(cell.setting),
+        cell.name,
+        f"{cell.sparsity:.0%}",
+        f"{ours:.2f}",
+        ", ".join(sorted(str(run.config["seed"]) for run in runs)),
+        theirs(cell.paper),
+        "–" if cell.paper is None else f"{ours - cell.paper:+.2f}",
+        f"{hours:.1f}",
+    ]
+
+
+def measured(run: Log) -> tuple[float, float]:
+    """Top-1 test accuracy after the last step, in %; hours of training on a shared machine."""
+    seconds = sum(event["seconds"] for event in run.events if event["event"] == "train")
+    return 100 * run.events[-1]["test_accuracy"], seconds / 3600
+
+
+def figure() -> Any:
+    """Test accuracy over the epochs, a line a run, and the paper's numbers as dotted lines."""
+    drawn = figures.figure(7.2, 3.8)
+    axes = drawn.add_subplot()
+    for n, (cell, runs) in enumerate(cells().items()):
+        color = [*COLORS.values(), "#ccbb44", "#66ccee"][n % 6]
+        for run in runs:
+            points = [
+                (e["epoch"], 100 * e["test_accuracy"]) for e in run.events if "test_loss" in e
+            ]
+            axes.plot(*zip(*points, strict=True), color=color, lw=1.2, label=cell.name)
+        if cell.paper is not None:
+            axes.axhline(cell.paper, color=color, ls=":", lw=1)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), frameon=False, fontsize=8, loc="lower right")
+    axes.set(xlabel="epoch", ylabel="test accuracy, %")
+    axes.set_title("CIFAR-100, VGG-16, 98 %; dotted: the paper's, at the end", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return drawn
+
+
+if __name__ == "__main__":
+    print(table())
+    if sys.argv[1:]:
+        Path(sys.argv[1]).write_bytes(figures.png(figure()))
