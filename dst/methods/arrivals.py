@@ -2,8 +2,7 @@
 
 Pair (a, b) is a Poisson process of rate M f_a g_b on [0, 1], and S is the |S| inactive pairs of the
 earliest first arrivals: successive draws without replacement (Plackett-Luce). Arrivals are drawn
-bucket by bucket, so that those of a pair meet in one; a first sweep over the buckets counts first
-arrivals by time and finds the cut, a second one draws the same again and hands on what came before.
+bucket by bucket, so that those of a pair meet in one; `earliest.py` sweeps over them repeatedly.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from jax import lax
 
 from dst.connections.backends import cpp as kernels
 from dst.connections.backends.dispatch import on_cpu
-from dst.connections.base import lowest
 from dst.connections.hashing import hashed, mix, salts
 from dst.methods.units import scaled, unit_at
 
@@ -72,20 +70,21 @@ def large(
     return Large(key, jnp.int32(l), sizes, chunk, f, g, salt, exists, jnp.float32(0))
 
 
-def _before(cumulative: Array, n: Array) -> Array:
+def sum_before(cumulative: Array, n: Array) -> Array:
+    """The sum of the first n."""
     return jnp.where(n > 0, cumulative[jnp.maximum(n - 1, 0)], 0)
 
 
 def _share(cumulative: Array, begin: Array, end: Array) -> Array:
     """What units begin to end - 1 have of the whole: float32."""
     total = jnp.maximum(cumulative[-1], 1).astype(jnp.float32)
-    return (_before(cumulative, end) - _before(cumulative, begin)).astype(jnp.float32) / total
+    return (sum_before(cumulative, end) - sum_before(cumulative, begin)).astype(jnp.float32) / total
 
 
 def _reach(cumulative: Array, begin: Array, share: Array) -> Array:
     """The end of the units from `begin` on that have at most `share` of the whole: int32."""
     limit = cumulative[-1].astype(jnp.float32) * jnp.minimum(share, 1)
-    target = _before(cumulative, begin) + limit.astype(jnp.uint32)
+    target = sum_before(cumulative, begin) + limit.astype(jnp.uint32)
     return jnp.searchsorted(cumulative, target, side="right").astype(jnp.int32)
 
 
@@ -139,7 +138,7 @@ def pairs_of(
     """
     n, (b, b_end, a, a_end) = random.shape[1], bounds
     (g0, g1), (f0, f1) = (
-        (_before(c, i), _before(c, end)) for c, i, end in ((g, b, b_end), (f, a, a_end))
+        (sum_before(c, i), sum_before(c, end)) for c, i, end in ((g, b, b_end), (f, a, a_end))
     )
     output = unit_at(g, g0 + scaled(random[0], g1 - g0))
     column = unit_at(f, f0 + scaled(random[1], f1 - f0))
@@ -228,83 +227,3 @@ def pilot(layer: Large, asked: Array, rounds: int) -> Array:
     seen = rates * jnp.where(new[None], -jnp.expm1(-x) / x, 0).mean(1)
     enough = seen >= 1.05 * asked + 6 * jnp.sqrt(asked)
     return jnp.where(enough.any(), rates[jnp.argmax(enough)], rates[-1])
-
-
-# ---------------------------------------------------------------------------- the earliest arrivals
-class Cut(NamedTuple):
-    """S is what came before a cell of time, and the `left` earliest in it."""
-
-    begin: Array  # uint32 (), where the cell begins
-    shift: Array  # uint32 (), of 2^shift times; 32: all of them
-    left: Array  # int32 ()
-    total: Array  # int32 (), |S|
-
-
-def intervals(chunk: int) -> int:
-    """Into how many intervals time is cut: a power of 2."""
-    return 2 ** min(20, chunk.bit_length())
-
-
-def _within(cut: Cut, time: Array) -> Array:
-    """Whether it is in the cell: bool (n,)."""
-    return ((time ^ cut.begin) >> jnp.minimum(cut.shift, 31) == 0) | (cut.shift == 32)
-
-
-def count_times(counted: Array, pairs: Pairs, cut: Cut) -> Array:
-    """First arrivals in each part of the cell, those of `pairs` added: int32 (parts,)."""
-    shift = cut.shift - (counted.size.bit_length() - 1)
-    at = ((pairs.time - cut.begin) >> shift).astype(jnp.int32)
-    new = pairs.valid & _within(cut, pairs.time)
-    return counted.at[jnp.where(new, at, 0)].add(new.astype(jnp.int32))
-
-
-def finer(cut: Cut, counted: Array) -> Cut:
-    """The part of the cell in which the last of S is."""
-    total = jnp.cumsum(counted, dtype=jnp.int32)
-    last = jnp.searchsorted(total, cut.left, side="left").astype(jnp.int32)
-    last = jnp.minimum(last, counted.size - 1)  # S is all that arrived
-    shift = cut.shift - (counted.size.bit_length() - 1)
-    found = jnp.where(cut.shift == 32, jnp.minimum(total[-1], cut.left), cut.total)
-    begin = cut.begin + (last.astype(jnp.uint32) << shift)
-    return Cut(begin, shift, cut.left - _before(total, last), found)
-
-
-def choose(cut: Cut, pairs: Pairs) -> tuple[Cut, Array]:
-    """Which pairs are in S, bool (n,), and what is left of its cell."""
-    at = pairs.valid & _within(cut, pairs.time)
-    some = lax.cond(at.any(), lambda: lowest(pairs.time, at, cut.left), lambda: at)
-    left = cut.left - some.sum(dtype=jnp.int32)
-    return cut._replace(left=left), (pairs.valid & (pairs.time < cut.begin)) | some
-
-
-def earliest(
-    walk: Callable, visit: Callable, asked: Array, count: int, carry: Any, counts: int = 1
-) -> tuple[Any, Array]:
-    """Folds `visit(carry, pairs, in S)` over pairs of which the `asked` earliest are S.
-
-    walk(see, carry) folds `see(carry, pairs)` over the same pairs at every call. Time is cut into
-    `count` cells, `counts` times over; in the last cell those that are handed on first come first.
-    Also |S|.
-    """
-
-    def once(n: Array, so_far: tuple) -> tuple:
-        cut, carry = so_far
-
-        def see(so_far: Any, pairs: Pairs) -> Any:
-            def add(counted, cut, carry):
-                return count_times(counted, pairs, cut), cut, carry
-
-            def hand_on(counted, cut, carry):
-                cut, chosen = choose(cut, pairs)
-                return counted, cut, visit(carry, pairs, chosen)
-
-            return lax.cond(n < counts, add, hand_on, *so_far)
-
-        counted, cut, carry = walk(see, (jnp.zeros(count, jnp.int32), cut, carry))
-        cut = lax.cond(n < counts, lambda: finer(cut, counted), lambda: cut)
-        return cut, carry
-
-    everything = Cut(jnp.uint32(0), jnp.uint32(32), asked, jnp.int32(0))
-    # One loop, so that what draws the pairs is compiled once.
-    cut, carry = lax.fori_loop(0, counts + 1, once, (everything, carry))
-    return carry, cut.total

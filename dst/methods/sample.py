@@ -22,6 +22,7 @@ from dst.methods import arrivals
 from dst.methods.arrivals import LAST, Exists, Pairs
 from dst.methods.base import Method
 from dst.methods.distributions import active_count
+from dst.methods.earliest import earliest, intervals
 from dst.methods.plan import Plan
 from dst.methods.units import cumulative_shares, draw_pairs
 from dst.network import Network
@@ -97,7 +98,7 @@ def fold_subset(
 
     def some(carry: Any) -> tuple[Any, Array]:
         walk = lambda see, carry: arrivals.sweep(layer, see, carry)  # noqa: E731
-        return arrivals.earliest(walk, visit, asked, arrivals.intervals(how.chunk), carry)
+        return earliest(walk, visit, asked, intervals(how.chunk), carry)
 
     def every(carry: Any) -> tuple[Any, Array]:
         see = lambda carry, pairs: visit(carry, pairs, pairs.valid)  # noqa: E731
@@ -185,8 +186,8 @@ def fold_by_chance(
         return lax.fori_loop(0, len(parts), one, carry)
 
     # Enumerated pairs come in an order that the executions do not share: the cut is exact, 32 bits.
-    cells, counts = (2**16, 2) if all_pairs else (arrivals.intervals(chunk), 1)
-    return arrivals.earliest(walk, visit, asked, cells, carry, counts)
+    cells, counts = (2**16, 2) if all_pairs else (intervals(chunk), 1)
+    return earliest(walk, visit, asked, cells, carry, counts)
 
 
 # ------------------------------------------------------------------------------------- small layers
