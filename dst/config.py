@@ -52,7 +52,7 @@ def default() -> ConfigDict:
     config.validation_size = 0  # training images held out for early stopping; 0: training loss
 
     # Model.
-    config.model = "resnet"  # 'mlp', 'resnet', 'vgg' or your own: dst/models/__init__.py
+    config.model = "resnet"  # 'mlp', 'resnet', 'vgg' or another: dst/models/table.py
     config.depth = 56  # resnet only: 6n+2 layers
     config.width = 1.0  # resnet and vgg: factor on every layer's channels
     config.hidden = (1024, 1024)  # mlp only: units of each hidden layer

@@ -16,6 +16,13 @@ from experiments.scales import SCALES
 
 markdown = measure.table
 LABELS = {name: row.label for name, row in METHODS.items()}
+WORDS = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "vgg": "VGG-16",
+    "vgg_dropout": "VGG-16 with dropout",
+    "resnet": "ResNet-56",
+}
 COLORS = {"uniform": "#4477aa", "grabo": "#ee6677", "synflow": "#228833", "graest": "#aa3377"}
 
 
@@ -66,8 +73,7 @@ def schedule(scale: str) -> str:
 
 def named(setting: tuple[str, str]) -> str:
     """(data set, model) in words."""
-    words = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "vgg": "VGG-16", "resnet": "ResNet-56"}
-    return ", ".join(words.get(part, part) for part in setting)
+    return ", ".join(WORDS.get(part, part) for part in setting)
 
 
 def of(result: Finished) -> tuple[str, str]:

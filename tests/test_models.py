@@ -111,6 +111,21 @@ def test_batch_norm_keeps_pytorch_statistics():
     np.testing.assert_allclose(moved, 0.1 * y.mean((0, 1, 2)), rtol=1e-4, atol=1e-7)
 
 
+def test_dropout_in_the_head_is_another_model_of_the_same_parameters():
+    """Off in evaluation; in training half of the head's units are left out."""
+    plain, dropping = (build(config(model=name), 10) for name in ("vgg", "vgg_dropout"))
+    assert shapes(plain) == shapes(dropping)
+    x, rngs = jnp.ones((2, 32, 32, 3)), {"dropout": jax.random.key(1)}
+    variables = plain.init(jax.random.key(0), x, False)
+    same = [model.apply(variables, x, False) for model in (plain, dropping)]
+    np.testing.assert_array_equal(*same)
+    trained = [
+        model.apply(variables, x, True, rngs=rngs, mutable=["batch_stats"])[0]
+        for model in (plain, dropping)
+    ]
+    assert not np.allclose(*trained)
+
+
 @pytest.mark.parametrize("depth", [2, 9, 57])
 def test_depth_must_be_6n_plus_2(depth):
     with pytest.raises(ValueError, match=rf"^depth must be 6n\+2 .* is {depth}\.$"):
@@ -118,7 +133,9 @@ def test_depth_must_be_6n_plus_2(depth):
 
 
 def test_unknown_model_and_small_images_are_refused():
-    with pytest.raises(ConfigError, match=r"^model must be 'mlp', 'resnet' or 'vgg', not 'vit'\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^model must be 'mlp', .* or 'vgg_dropout', not 'vit'\.$"
+    ):
         build(config(model="vit"), 10)
     with pytest.raises(ValueError, match="32x32 or more"):
         VGG16(10).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), False)

@@ -55,6 +55,11 @@ MODELS: Names[Architecture] = Names(
             reads=("width",),
             smallest=32,
         ),
+        vgg_dropout=Architecture(
+            lambda config, n: VGG16(n, config.width, jnp.dtype(config.precision), dropout=0.5),
+            reads=("width",),
+            smallest=32,
+        ),
     ),
     check_architecture,
 )

@@ -17,6 +17,7 @@ class VGG16(nn.Module):
     num_classes: int
     width: float = 1.0
     dtype: jax.typing.DTypeLike = jnp.float32
+    dropout: float = 0.0  # of the hidden layer; 0.5 in the authors' later code
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -37,5 +38,6 @@ class VGG16(nn.Module):
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(round(HIDDEN * self.width), dtype=self.dtype)(x))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
