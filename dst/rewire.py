@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dst.connections.base import Candidates, Moves, bits, lowest, row_salts
+from dst.connections.base import Candidates, Moves, lowest, row_salts
 from dst.connections.hashing import hashed
 from dst.connections.masks import reset
 from dst.connections.moments import recognise
@@ -28,7 +28,7 @@ from dst.errors import ConfigError
 from dst.methods.base import Method
 from dst.methods.candidates import Sample, room
 from dst.methods.combinations import check, check_execution
-from dst.methods.drop import DROPS, View
+from dst.methods.drop import DROPS, looked_at
 from dst.methods.grow import GROWTHS
 from dst.methods.heuristics import HEURISTICS
 from dst.methods.memory import after_rewire, memory_report, refuse_waiting
@@ -61,9 +61,10 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         # The gradient is taken before the drop; P and G are disjoint: S holds inactive ones only.
         S = sample(state, batch, fg, event, salt)
         surplus = A.total - target
-        view = View(A, w, jnp.abs(w), salt, state.method)
-        view = view._replace(strength=drop_rule.strength(view))
-        finite = S.finite & all_finite(w) & ~jnp.isnan(view.strength).any()
+        view = looked_at(A, w, salt, state.method, drop_rule.strength)
+        finite = S.finite & all_finite(w)
+        if drop_rule.strength:
+            finite &= ~jnp.isnan(view.strength).any()
         eligible, wanted = may_drop(view, event, surplus + G_t)
         # With fewer candidates than |P| fewer are dropped, never more than can grow. If something
         # is not finite nothing moves; this also orders the check before the exchange, or XLA would
@@ -72,7 +73,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         grow = jnp.minimum(left - surplus, S.found.valid.sum(dtype=jnp.int32))
         grow = jnp.where(finite, jnp.clip(grow, 0, most), 0)
         drop = jnp.where(finite, jnp.maximum(jnp.minimum(surplus + grow, left), 0), 0)
-        P = lowest(bits(view.strength), eligible, drop, lambda: A.hashes(salt))
+        P = lowest(view.order, eligible, drop, lambda: A.hashes(salt))
         if method.share:
             weights = SHARES[method.share].weights(A, A.exists & ~P, state.method)
             G = shared_out(A, S.found, grow, weights)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dst import rewire as rewire_module
-from dst.connections.base import Candidates, bits, lowest, row_salts
+from dst.connections.base import Candidates, bits, lowest, row_salts, signed_bits
 from dst.connections.hashing import salts
 from dst.connections.masks import Masks
 from dst.layers import Dense
@@ -77,6 +77,6 @@ def test_exchange_equals_a_sort(data):
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=2))
 def test_bits_are_in_the_order_of_floats_of_either_sign(values):
     a = np.array(values, np.float32)
-    order = np.asarray(bits(jnp.asarray(a)))
+    order = np.asarray(signed_bits(jnp.asarray(a)))
     smaller = a[:, None] < a[None]
     assert (order[:, None] < order[None])[smaller].all()

@@ -17,7 +17,7 @@ from dst.connections.hashing import salts
 from dst.connections.masks import Masks
 from dst.layers import Dense
 from dst.methods import DROPS, Drop, by_magnitude
-from dst.methods.drop import View, unprotected
+from dst.methods.drop import looked_at, unprotected
 from dst.methods.plan import floors, plan
 from dst.training import train
 from tests.arenas import hashed
@@ -111,7 +111,7 @@ def dropping(keep, weights, masks, k):
     layers = [Dense(f"Dense_{l}", (1, mask.size)) for l, mask in enumerate(masks)]
     A = Masks(layers, {layer.path: m[None] for layer, m in zip(layers, masks, strict=True)})
     w = jnp.concatenate(weights)
-    view = View(A, w, jnp.abs(w), row_salts(A.parts, KEY), {})
+    view = looked_at(A, w, row_salts(A.parts, KEY), {})
     loose = unprotected(keep, view)
     return loose, lowest(bits(jnp.abs(view.w)), loose, k)
 

@@ -15,7 +15,7 @@ from dst.connections import select
 from dst.connections.backends import cpp as kernels
 from dst.connections.base import NOWHERE, Candidates, bits, no_candidates
 from dst.connections.base import lowest as lowest_of_all
-from dst.methods.drop import View, unprotected
+from dst.methods.drop import looked_at, unprotected
 from tests.arenas import hashed, listed, ordered, parts_of, random_case, slices
 
 examples = settings(max_examples=30, deadline=None)
@@ -132,7 +132,7 @@ def protect(arena, magnitude):
     """The strongest, where ties go to the first: all hashes are alike."""
     salt = jnp.zeros(arena.pointer.size - 1, jnp.uint32)
     arena = arena.replace(column=jnp.zeros_like(arena.column))
-    return ~unprotected(np.array([5, 0, 30]), View(arena, magnitude, magnitude, salt, {}))
+    return ~unprotected(np.array([5, 0, 30]), looked_at(arena, magnitude, salt, {}))
 
 
 # --------------------------------------------------------------------------------- where it stands

@@ -214,11 +214,15 @@ def row_of(parts: Sequence[Part], l: Array, column: Array, output: Array) -> Arr
     return first + column // block * n_out + output
 
 
-def bits(a: Array) -> Array:
-    """Unsigned integers in the order of floats."""
-    width = a.dtype.itemsize * 8
-    unsigned = lax.bitcast_convert_type(a, f"uint{width}")
-    sign = jnp.ones((), unsigned.dtype) << (width - 1)
+def bits(magnitude: Array) -> Array:
+    """Unsigned integers in the order of floats >= 0; takes no time."""
+    return lax.bitcast_convert_type(magnitude, f"uint{magnitude.dtype.itemsize * 8}")
+
+
+def signed_bits(a: Array) -> Array:
+    """Unsigned integers in the order of floats of either sign."""
+    unsigned = bits(a)
+    sign = jnp.ones((), unsigned.dtype) << (a.dtype.itemsize * 8 - 1)
     return jnp.where(unsigned < sign, unsigned | sign, ~unsigned)
 
 

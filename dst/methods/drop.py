@@ -7,13 +7,13 @@ bool (n,), and how many of them are to go, int32 (). The weakest of them go firs
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dst.connections.base import Connections, bits, lowest
+from dst.connections.base import Connections, bits, lowest, signed_bits
 from dst.connections.masks import join
 from dst.methods.base import Method
 from dst.methods.memory import Own
@@ -30,8 +30,19 @@ class View(NamedTuple):
     A: Connections
     w: Array  # float (n,), the entries' weights
     strength: Array  # float (n,), what the weakest have least of
+    order: Array  # unsigned (n,), in the order of strength
     salt: Array  # of ties, see `Connections.by_layer`
     memory: Own  # what the method remembers
+
+
+def looked_at(A: Connections, w: Array, salt: Array, memory: Own, strength: Any = None) -> View:
+    """The view, with |w| or with the strength of a `Drop`."""
+    magnitude = jnp.abs(w)
+    view = View(A, w, magnitude, bits(magnitude), salt, memory)
+    if strength is None:
+        return view
+    own = strength(view)
+    return view._replace(strength=own, order=signed_bits(own))
 
 
 MayDrop = Callable[[View, Array, Array], tuple[Array, Array]]
@@ -46,8 +57,8 @@ class Drop(NamedTuple):
     floors: bool = False  # whether it keeps each layer's `floor`
     asks: bool = True  # whether how many go follows from the drop fraction
     memory: tuple[str, ...] = ()  # names of `MEMORIES`
-    # What the weakest have least of: (n,) of a view whose own strength is |w|.
-    strength: Callable[[View], Array] = lambda view: view.strength
+    # What the weakest have least of: (n,) of a view whose own strength is |w|. None: that.
+    strength: Callable[[View], Array] | None = None
 
 
 def by_magnitude(net: Network, method: Method) -> MayDrop:
@@ -65,10 +76,10 @@ def by_magnitude(net: Network, method: Method) -> MayDrop:
 def unprotected(keep: np.ndarray, view: View) -> Array:
     """All connections but the keep[l] strongest of layer l: int (L,) -> bool (n,)."""
 
-    def loose(l: int, A: Array, strength: Array, ties: Callable[[], Array]) -> Array:
-        return A & ~lowest(~bits(strength), A, jnp.int32(keep[l]), ties)
+    def loose(l: int, A: Array, order: Array, ties: Callable[[], Array]) -> Array:
+        return A & ~lowest(~order, A, jnp.int32(keep[l]), ties)
 
-    return view.A.by_layer(loose, view.strength, view.salt)
+    return view.A.by_layer(loose, view.order, view.salt)
 
 
 def by_layer(net: Network, method: Method) -> MayDrop:
@@ -79,11 +90,11 @@ def by_layer(net: Network, method: Method) -> MayDrop:
         # 2^-22: a product that misses an integer by float32's rounding is that integer.
         p = jnp.asarray(p_t)[event] * np.float32(1 + 2**-22)
 
-        def weak(l: int, A: Array, strength: Array, ties: Callable[[], Array]) -> Array:
+        def weak(l: int, A: Array, order: Array, ties: Callable[[], Array]) -> Array:
             k = jnp.floor(p * A.sum(dtype=jnp.int32)).astype(jnp.int32)
-            return lowest(bits(strength), A, k)
+            return lowest(order, A, k)
 
-        return _counted(view.A.by_layer(weak, view.strength, view.salt))
+        return _counted(view.A.by_layer(weak, view.order, view.salt))
 
     return may_drop
 
