@@ -1,4 +1,4 @@
-"""Every method with its source, memory and our choices, as a Markdown table, for the README.
+"""Every method with its source and what it needs, as a Markdown table, for the README.
 
 python -m experiments.methods
 """

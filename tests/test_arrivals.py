@@ -186,34 +186,43 @@ def test_pairs_of_a_very_large_layer_are_numbered_in_32_bits():
     assert count == 12 and set(zip(*np.asarray(found)[:, :12].tolist(), strict=True)) == expected
 
 
+def drawn_by_chance(parts, size, mask=None, key=None):
+    """How often each connection was drawn of an empty network, or of one with this mask; |S|."""
+    start = np.cumsum([0, *(part.layer.size for part in parts)])
+    mask = np.zeros(start[-1], bool) if mask is None else mask
+    active, exists = int(mask.sum()), jnp.asarray(mask)
+    first, n_out = jnp.asarray(start[:-1]), jnp.array([part.n_out for part in parts])
+    at = lambda l, column, output: first[l] + column * n_out[l] + output  # noqa: E731
+
+    def visit(times, pairs, chosen):
+        return times.at[at(pairs.l, pairs.column, pairs.output)].add(chosen.astype(jnp.int32))
+
+    return sample.fold_by_chance(
+        64,
+        size,
+        mask.size - active,
+        parts,
+        jax.random.key(0) if key is None else key,
+        jnp.int32(size),
+        jnp.int32(active),
+        lambda *pair: exists[at(*pair)],
+        visit,
+        jnp.zeros(mask.size, jnp.int32),
+    )
+
+
 @pytest.mark.parametrize("dense", [True, False], ids=["all pairs", "arrivals"])
 def test_by_chance_every_connection_of_the_network_is_as_likely(dense):
     """Two shapes, three layers: frequencies, and the spread of how many each layer gets."""
     shapes, size = ((12, 20), (30, 25), (30, 25)), 150 if dense else 40
     parts = [Part(Dense(f"layer{l}", s), s[0], 0) for l, s in enumerate(shapes)]
     start = np.cumsum([0, *(part.layer.size for part in parts)])
-    mask = jnp.asarray(np.random.default_rng(0).random(start[-1]) < 0.1)
-    first, n_out = jnp.asarray(start[:-1]), jnp.array([s[1] for s in shapes])
-
-    free = mask.size - int(mask.sum())
-
-    def one(key):
-        at = lambda l, column, output: first[l] + column * n_out[l] + output  # noqa: E731
-
-        def visit(times, pairs, chosen):
-            return times.at[at(pairs.l, pairs.column, pairs.output)].add(chosen.astype(jnp.int32))
-
-        active = mask.sum(dtype=jnp.int32)
-        exists = lambda *pair: mask[at(*pair)]  # noqa: E731
-        return sample.fold_by_chance(
-            64, size, free, parts, key, jnp.int32(size), active, exists, visit,
-            jnp.zeros(mask.size, jnp.int32),
-        )  # fmt: skip
-
+    mask = np.random.default_rng(0).random(start[-1]) < 0.1
+    one = lambda key: drawn_by_chance(parts, size, mask, key)  # noqa: E731
     keys = jax.random.split(jax.random.key(3), TRIALS)
     times, count = map(np.asarray, jax.jit(lambda keys: jax.lax.map(one, keys))(keys))
     assert times.max() == 1 and (count == size).all() and (times.sum(1) == size).all()
-    free = ~np.asarray(mask)
+    free = ~mask
     assert not times[:, ~free].any()
     p = size / free.sum()
     z = (times.mean(0) - p)[free] / np.sqrt(p * (1 - p) / TRIALS)
@@ -222,32 +231,6 @@ def test_by_chance_every_connection_of_the_network_is_as_likely(dense):
     share, N = free[: start[1]].sum() / free.sum(), free.sum()
     exact = size * share * (1 - share) * (N - size) / (N - 1)  # of the hypergeometric law
     assert abs(in_first.var() / exact - 1) < 5 * np.sqrt(2 / TRIALS)
-
-
-def drawn_by_chance(parts, size, mask=None, chunk=64, seed=0):
-    """How often each connection was drawn of an empty network, or of one with this mask; |S|."""
-    start = np.cumsum([0, *(part.layer.size for part in parts)])
-    mask = jnp.zeros(start[-1], bool) if mask is None else jnp.asarray(mask)
-    first, n_out = jnp.asarray(start[:-1]), jnp.array([part.n_out for part in parts])
-    at = lambda l, column, output: first[l] + column * n_out[l] + output  # noqa: E731
-
-    def visit(times, pairs, chosen):
-        return times.at[at(pairs.l, pairs.column, pairs.output)].add(chosen.astype(jnp.int32))
-
-    active = mask.sum(dtype=jnp.int32)
-    times, count = sample.fold_by_chance(
-        chunk,
-        size,
-        mask.size - int(active),
-        parts,
-        jax.random.key(seed),
-        jnp.int32(size),
-        active,
-        lambda *pair: mask[at(*pair)],
-        visit,
-        jnp.zeros(mask.size, jnp.int32),
-    )
-    return np.asarray(times), int(count)
 
 
 def test_layers_of_one_input_or_one_output_are_sampled_too():
@@ -263,7 +246,7 @@ def test_enumerated_pairs_are_chosen_alike_whatever_their_order(seed):
     chosen = []
     for block in (60, 7):
         parts = [Part(Dense(f"layer{l}", (60, n)), block, 0) for l, n in enumerate((9, 4))]
-        times, count = drawn_by_chance(parts, 300, seed=seed)
+        times, count = drawn_by_chance(parts, 300, key=jax.random.key(seed))
         assert count == times.sum() == 300 and times.max() == 1
         chosen.append(times)
     np.testing.assert_array_equal(*chosen)

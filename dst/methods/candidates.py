@@ -21,9 +21,8 @@ from dst.connections.masks import join
 from dst.connections.select import best
 from dst.methods.arrivals import Pairs
 from dst.methods.base import Method
-from dst.methods.distributions import first_counts
 from dst.methods.drop import DROPS
-from dst.methods.plan import Plan
+from dst.methods.plan import Plan, most_active
 from dst.methods.sample import fold_by_chance, sampling
 from dst.network import Network
 from dst.state import SparseState
@@ -112,7 +111,7 @@ def by_dense_gradient(net: Network, loss: Loss) -> Callable[[SparseState, Any], 
 def by_chance_alone(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
     """SET's S: |P| inactive connections of the network, every set of them equally likely."""
     how, most = sampling(net, method, planned), room(net, method, planned)
-    free = net.possible - max(int(planned.active.max()), sum(first_counts(net, method).values()))
+    free = net.possible - most_active(net, method, planned.active)
 
     def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
         A, P = state.masks, jnp.asarray(planned.grown)[event]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -52,13 +53,18 @@ def plan(net: Network, method: Method) -> Plan:
         wanted = [portion(p, A) for p, A in zip(drop_fractions(method), active, strict=True)]
         grown = np.minimum(wanted, inactive)
     if method.subset_of == "active":
-        K = max(*active, active_count(N, first))
+        K = most_active(net, method, active)
         most = [rounded_up(method.subset_ratio, min(size, K)) for size in sizes]
         subset = np.tile(np.minimum(most, sizes), (len(steps), 1))
     else:
         totals = [rounded_up(method.subset_ratio, int(n)) for n in grown]
         subset = np.stack([largest_remainder(total, sizes, sizes) for total in totals])
     return Plan(*(np.asarray(a, np.int32) for a in (steps, active, grown, subset)))
+
+
+def most_active(net: Network, method: Method, active: Iterable[int]) -> int:
+    """The most connections that the network ever has: at first, or after an event."""
+    return max(active_count(net.possible, method.first_sparsity), *map(int, active))
 
 
 def event_steps(method: Method) -> list[int]:

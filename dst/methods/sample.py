@@ -21,9 +21,8 @@ from dst.connections.base import Part, table
 from dst.methods import arrivals
 from dst.methods.arrivals import LAST, Exists, Pairs
 from dst.methods.base import Method
-from dst.methods.distributions import active_count
 from dst.methods.earliest import earliest, intervals
-from dst.methods.plan import Plan
+from dst.methods.plan import Plan, most_active
 from dst.methods.units import cumulative_shares, draw_pairs
 from dst.network import Network
 
@@ -50,7 +49,7 @@ def sampling(net: Network, method: Method, planned: Plan) -> Sampling:
     for layer, size in zip(layers, most, strict=True):
         of_shape[layer.shape] = max(of_shape.get(layer.shape, 1), int(size))
     sizes = tuple(of_shape[layer.shape] for layer in layers)
-    K = max(int(planned.active.max()), active_count(net.possible, method.first_sparsity))
+    K = most_active(net, method, planned.active)
     exhaustible = tuple(
         size >= layer.size - K and layer.size < 2**31
         for size, layer in zip(sizes, layers, strict=True)
