@@ -114,7 +114,8 @@ def figure() -> Any:
     unique = dict(zip(labels, handles, strict=True))
     axes.legend(unique.values(), unique.keys(), frameon=False, fontsize=8, loc="lower right")
     axes.set(xlabel="epoch", ylabel="test accuracy, %")
-    axes.set_title("CIFAR-100, VGG-16, 98 %; dotted: the paper's, at the end", fontsize=9)
+    drawn_are = dict.fromkeys(f"{named(cell.setting)}, {cell.sparsity:.0%}" for cell in cells())
+    axes.set_title("; ".join([*drawn_are, "dotted: the paper's, at the end"]), fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     return drawn

@@ -1,11 +1,12 @@
 """The committed runs as a Markdown table, for the README.
 
-python experiments/summary.py [FOLDER ...]      (default: all of experiments/results)
+python -m experiments.summary [FOLDER ...]      (default: all of experiments/results)
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dst.training.log import read
@@ -32,12 +33,12 @@ def row(log: Path) -> str:
     )
 
 
-def table(folders: list[Path]) -> str:
-    """The runs of these folders, in the order of their names."""
+def table(folders: Sequence[Path] = ()) -> str:
+    """The runs of these folders, of all if none is named, in the order of their names."""
+    folders = folders or sorted(path for path in RESULTS.iterdir() if path.is_dir())
     logs = [log for folder in folders for log in sorted(folder.glob("*.jsonl"))]
     return "\n".join([HEADER, *(row(log) for log in logs)])
 
 
 if __name__ == "__main__":
-    named = [Path(folder).resolve() for folder in sys.argv[1:]]
-    print(table(named or sorted(path for path in RESULTS.iterdir() if path.is_dir())))
+    print(table([Path(folder).resolve() for folder in sys.argv[1:]]))

@@ -1,18 +1,13 @@
 """The README's example is run to the letter."""
 
-import importlib
-import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import full_length, methods, provenance, sweep
+from experiments import readme
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -51,49 +46,19 @@ def test_the_files_it_names_exist(file):
         assert ((ROOT / file).parent / link if link else ROOT / config).exists(), (link, config)
 
 
-def test_the_results_are_those_of_the_committed_logs():
-    """The table of runs is what `experiments/summary.py` prints."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "summary.py"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    table = re.search(r"<!-- python experiments/summary.py -->\n(.*?)\n<!--", RESULTS, re.DOTALL)
-    assert table and table[1] == done.stdout.strip()
+TABLES = readme.MARKED.findall(README + RESULTS)
 
 
-MARKED = r"<!-- python -m experiments.(\w+) ([^\n]*?) -->\n(.*?)\n<!--"
-EXPERIMENTS = re.findall(MARKED, README + RESULTS, re.DOTALL)
+def test_every_table_is_marked_once():
+    """No marker is misspelt or doubled, so that no table can go unchecked."""
+    commands = [command for command, _ in TABLES]
+    assert len(set(commands)) == len(commands) == (README + RESULTS).count("<!-- python")
+    modules = {command.split()[2].removeprefix("experiments.") for command in commands}
+    assert modules >= {"benchmarks.table", "full_length", "methods", "provenance", "summary"}
 
 
-@pytest.mark.parametrize(("name", "arguments", "table"), EXPERIMENTS)
-def test_the_tables_are_those_of_the_committed_logs(name, arguments, table, monkeypatch):
+@pytest.mark.parametrize(("command", "table"), TABLES)
+def test_the_tables_are_those_of_the_committed_logs(command, table, monkeypatch):
     """What the command over each table prints."""
     monkeypatch.chdir(ROOT)
-    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
-    options, results = sweep.results(experiment, shlex.split(arguments))
-    assert results and experiment.table(options, results) == table
-
-
-@pytest.mark.parametrize("module", [methods, full_length, provenance])
-def test_the_tables_are_those_that_their_modules_print(module):
-    """Every method; every run of the paper's length; every committed log, and how it was made."""
-    marker = rf"<!-- python -m {module.__name__} -->\n(.*?)\n<!--"
-    table = re.search(marker, README + RESULTS, re.DOTALL)
-    assert table and table[1] == module.table()
-
-
-def test_the_savings_are_those_of_the_committed_benchmarks():
-    """The first screen's table is what `experiments/benchmarks/table.py` prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmarks.table"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    marker = r"<!-- python -m experiments.benchmarks.table -->\n(.*?)\n<!--"
-    table = re.search(marker, README, re.DOTALL)
-    assert table and table[1] == done.stdout.strip()
+    assert readme.printed(command) + "\n" == table

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks import measure
 from experiments.benchmarks.convnet_steps import NAMES
-from experiments.benchmarks.measure import table
 
 RESULTS = Path(__file__).parents[1] / "results"
 HEAD = (
@@ -111,5 +111,10 @@ def does_not_fit() -> Iterator[list[str]]:
         ]
 
 
+def table() -> str:
+    """A row a network."""
+    return measure.table(HEAD, [*convolutional(), *fits(), *does_not_fit()])
+
+
 if __name__ == "__main__":
-    print(table(HEAD, [*convolutional(), *fits(), *does_not_fit()]))
+    print(table())
