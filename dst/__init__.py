@@ -1,12 +1,13 @@
 """Dynamic sparse training with guided stochastic exploration, in JAX and Flax."""
 
 from dst.connections.carry import carry
+from dst.discovery import network
 from dst.errors import ConfigError
 from dst.methods import lottery
 from dst.methods.base import Method
 from dst.methods.plan import due
 from dst.methods.table import method
-from dst.network import Network, network
+from dst.network import Network
 from dst.rewire import make_rewire
 from dst.start import init_state, prune_at_init
 from dst.state import SparseState, sparsity_of

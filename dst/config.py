@@ -73,6 +73,7 @@ def default() -> ConfigDict:
     config.init_gain = 1.0  # variance of a new weight x its unit's actual fan-in
     config.growth_memory = "dense"  # of rigl: 'streamed' never holds more than a block of it
     config.drop_fraction = placeholder(float)  # |P| / |A| at step 0, 0.2; annealed by a cosine
+    config.dense_layers = ()  # globs of layers' paths that stay dense, such as ('Dense_1', '*/out')
     config.layer_floor = 0.0  # share of its first connections a layer always keeps; 0: the paper's
     config.rewire_every = placeholder(int)  # steps between two rewires, 1000
     config.rewire_end_epoch = placeholder(float)  # the cosine's end, 120: the second lr drop
@@ -128,6 +129,9 @@ _RULES: dict[str, Rule] = {
     "init_gain": OF_METHOD["gain"],
     "growth_memory": OF_METHOD["growth_memory"],
     "drop_fraction": OF_METHOD["drop_fraction"],
+    "dense_layers": tuple_of(
+        lambda v: isinstance(v, str), lambda v: True, "a tuple of globs such as 'encoder/*'"
+    ),
     "layer_floor": OF_METHOD["floor"],
     "rewire_every": OF_METHOD["every"],
     "rewire_end_epoch": number(lambda v: v > 0, "> 0"),

@@ -36,7 +36,10 @@ MARK = "called"  # the probe that tells a layer of the model from others of the 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def tap_sums(total: Callable, h: Array, y: Array, f: Array, g: Array) -> Array:
-    """y, unchanged; cotangents of f (n_in,) and g (n_out,) are sums of |h| and |delta| (Eq. 7)."""
+    """y, unchanged; f's and g's cotangents are the units' sums of |h| and |delta| (Eq. 7).
+
+    Shapes: f (channels,), g (n_out,).
+    """
     return y
 
 
@@ -90,6 +93,8 @@ tap_subset.defvjp(_subset_forward, _subset_backward)
 def intercepted(layers: Mapping[str, Layer], tap: Callable[..., Array]):
     """A context in which the output y of each sparse layer is tap(layer, module, h, y).
 
+    h and y have their units along the last axis.
+
     A layer of the same path that is applied to variables of its own has no probes: tap returns y.
     """
 
@@ -98,7 +103,8 @@ def intercepted(layers: Mapping[str, Layer], tap: Callable[..., Array]):
         if call is None:
             return next_fun(*args, **kwargs)
         layer, h = call
-        return tap(layer, context.module, jnp.asarray(h), next_fun(*args, **kwargs))
+        y = layer.units(next_fun(*args, **kwargs))
+        return layer.outputs(tap(layer, context.module, layer.inputs(jnp.asarray(h)), y))
 
     return nn.intercept_methods(interceptor)
 
@@ -109,7 +115,7 @@ def nested(by_path: Mapping[str, Any]) -> Tree:
 
 
 def marginals(layers: Mapping[str, Layer], loss: Callable[[Tree], Array], dtype: Any = jnp.float32):
-    """Sums of |h| (n_in,) and |delta| (n_out,) of every layer: {path: (f, g)}, not normalised.
+    """Sums of |h| (channels,) and |delta| (n_out,) of every layer: {path: (f, g)}, not normalised.
 
     `loss(collections)` runs the model with these extra variable collections.
     """
@@ -193,7 +199,7 @@ def observe_and_sum(
         for path, each in ((path, list(enumerate(shapes))) for path, shapes in calls.items())
     }
     sums = {
-        path: {"f": jnp.zeros(layer.n_in, dtype), "g": jnp.zeros(layer.n_out, dtype)}
+        path: {"f": jnp.zeros(layer.channels, dtype), "g": jnp.zeros(layer.n_out, dtype)}
         for path, layer in summed.items()
     }
 
@@ -217,7 +223,7 @@ def join_calls(layer: Layer, calls: list[Tree]) -> tuple[Array, Array]:
     if len({each.shape[2:] for each in h}) > 1:
         raise ConfigError(
             f"layer {layer.path!r} is called on inputs of several sizes; call it on one size, or "
-            "leave it dense with sparse=lambda path: ..."
+            f"leave it dense with dense={layer.path!r}."
         )
     return (
         (h[0], delta[0]) if len(calls) == 1 else (jnp.concatenate(h, 1), jnp.concatenate(delta, 1))
@@ -239,7 +245,7 @@ def layer_calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> d
         layer, h = call[0], jnp.asarray(call[1])
         y = zero_output(layer, module, h)
         shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
-        calls[layer.path].append({"h": shape(h), "y": shape(y)})
+        calls[layer.path].append({"h": shape(layer.inputs(h)), "y": shape(layer.units(y))})
         return y
 
     with nn.intercept_methods(record):

@@ -10,6 +10,7 @@ import optax
 from flax import struct
 
 from dst.connections.base import Connections
+from dst.network import Network
 
 Array = jax.Array
 
@@ -51,6 +52,12 @@ def active_counts(connections: Connections) -> dict[str, Array]:
     return dict(zip(paths, connections.counts(), strict=True))
 
 
-def sparsity_of(connections: Connections) -> float:
-    """Share of inactive connections, from exact counts on the host."""
-    return connections.sparsity()
+def sparsity_of(connections: Connections, net: Network | None = None) -> float:
+    """Share of inactive connections, from exact counts on the host.
+
+    Of the layers that are sparse, or, given the network, of all its weights of two axes or more:
+    the overall sparsity, in which what stays dense counts too.
+    """
+    if net is None:
+        return connections.sparsity()
+    return connections.sparsity() * net.possible / net.weights

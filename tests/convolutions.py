@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dst.layers import Conv
+from dst.layers.window import Window
 
 
 class Case(NamedTuple):
@@ -33,7 +34,7 @@ def make(
     seed, batch, sides, channels, taps, strides=(1, 1), padding="SAME", dilation=(1, 1), p=0.3
 ):
     rng = np.random.default_rng(seed)
-    layer = Conv("layer", (*taps, *channels), None, strides, padding, dilation)
+    layer = Conv("layer", (*taps, *channels), None, Window(strides, padding, dilation))
     n_in = layer.columns
     W = np.where(rng.random((n_in, layer.n_out)) < p, normal(rng, n_in, layer.n_out), 0)
     output, column = np.nonzero(W.T)

@@ -45,6 +45,7 @@ BAD = {
     "lottery_levels": [(0.5, 0.5), (0.9, 0.5), (1.0,), ("a",), 0.5, [0.0, 0.5]],
     "drop_fraction": [-0.1, 1.1, math.nan],
     "layer_floor": [-0.1, 1.0, math.nan, True],
+    "dense_layers": ["head", ["head"], (1,)],
     "rewire_every": [0, 1e3],
     "rewire_end_epoch": [0, -1, math.nan],
     "subset_ratio": [0.9, math.nan, math.inf],

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dst.connections.backends import cpp as kernels
 from dst.layers import Conv
+from dst.layers.window import Window
 from tests.convolutions import activation, expected, gradient, make, near
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
@@ -136,14 +137,8 @@ pads = st.tuples(st.integers(0, 3), st.integers(0, 3))
     threads=st.integers(1, 3),
 )
 def test_any_convolution_matches_a_float64_one(threads, **geometry):
-    layer = Conv(
-        "layer",
-        (*geometry["taps"], 1, 1),
-        None,
-        geometry["strides"],
-        geometry["padding"],
-        geometry["dilation"],
-    )
+    window = Window(*(geometry[name] for name in ("strides", "padding", "dilation")))
+    layer = Conv("layer", (*geometry["taps"], 1, 1), None, window)
     if min(layer.output_sides(geometry["sides"])) > 0:
         check(make(**geometry), threads)
 
@@ -217,7 +212,8 @@ def test_wrong_arguments_are_named():
             run(case, arrays=arrays)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a pair lies outside of the kernel"):
         run(case, pairs=[np.int32([0]), np.int32([3])])
-    wide = dataclasses.replace(case.layer, shape=(13, 1, 2, 3), padding=((6, 6), (0, 0)))
+    window = case.layer.window._replace(padding=((6, 6), (0, 0)))
+    wide = dataclasses.replace(case.layer, shape=(13, 1, 2, 3), window=window)
     with pytest.raises(jax.errors.JaxRuntimeError, match="kernels have 1 to 11 rows"):
         run(case, layer=wide)
 

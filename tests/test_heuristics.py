@@ -10,10 +10,10 @@ import pytest
 from jax import lax
 
 from dst.connections.masks import Masks
+from dst.discovery import network
 from dst.errors import ConfigError
 from dst.methods import heuristics
 from dst.models import ResNet
-from dst.network import network
 from dst.state import SparseState, fresh_progress
 from dst.update import AXIS
 

@@ -18,7 +18,7 @@ ORDER = [
     {"vocabulary", "hosts"},
     {"layers"},
     {"network", "data", "models"},
-    {"connections"},
+    {"connections", "discovery"},
     {"state", "observe"},
     {"update"},
     {"methods"},

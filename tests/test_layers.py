@@ -16,6 +16,7 @@ import dst
 from dst.connections.base import Part
 from dst.connections.execution import described, forward, init_rest
 from dst.layers import Conv, Dense, Layer, register
+from dst.layers.window import Window
 from dst.methods.sample import group_by_shape
 from dst.observe import gradient_on, observe
 from tests import tiny
@@ -171,11 +172,12 @@ class PlainConv(Conv):
     signed_sums, never_called = Layer.signed_sums, Layer.never_called
 
 
+UNEVEN, PADDED = Window((2, 1), "SAME", (1, 2)), Window((1, 1), ((2, 0), (0, 1)), (1, 1))
 CASES = {
     "dense": (Dense, Plain, (5, 3), {}, (4, 5)),
     "sequence": (Dense, Plain, (5, 3), {}, (2, 4, 5)),
-    "conv": (Conv, PlainConv, (3, 2, 2, 3), {"strides": (2, 1), "dilation": (1, 2)}, (2, 5, 6, 2)),
-    "padded": (Conv, PlainConv, (2, 2, 2, 3), {"padding": ((2, 0), (0, 1))}, (1, 3, 4, 2)),
+    "conv": (Conv, PlainConv, (3, 2, 2, 3), {"window": UNEVEN}, (2, 5, 6, 2)),
+    "padded": (Conv, PlainConv, (2, 2, 2, 3), {"window": PADDED}, (1, 3, 4, 2)),
 }
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from dst.connections.execution import init_rest
 from dst.connections.moments import recognise, refuse_unless_coordinate_wise
+from dst.discovery import network
 from dst.errors import ConfigError
-from dst.network import network
 
 
 class Model(nn.Module):

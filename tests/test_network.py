@@ -11,9 +11,11 @@ import optax
 import pytest
 
 import dst
+from dst.discovery import network
 from dst.errors import ConfigError
-from dst.layers import Conv, Dense, obstacle
-from dst.network import network
+from dst.layers import Conv, Dense, DenseGeneral, obstacle
+from dst.layers.window import Window
+from dst.network import Left
 
 IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
 ROWS = jax.ShapeDtypeStruct((2, 5), jnp.float32)
@@ -81,19 +83,26 @@ def test_every_kind_of_use_is_found_and_the_rest_listed():
         "setup/inner_0": (3, 3),
         "setup/inner_1": (3, 4),
     }
-    dense = {f"attention/{name}/kernel" for name in ("query", "key", "value", "out")}
-    dense |= {"transposed/kernel", "general/kernel", "embedding/embedding"}
+    shapes |= {f"attention/{name}": (5, 1, 5) for name in ("query", "key", "value")}
+    shapes |= {"attention/out": (1, 5, 5), "general": (4, 3)}
+    dense = {"transposed/kernel": (2, 2, 5, 3), "embedding/embedding": (9, 4)}
+    why = "not the kernel of nn.Dense, nn.DenseGeneral or nn.Conv"
     net = network(model, IMAGE)
     assert {path: layer.shape for path, layer in net.layers.items()} == shapes
-    assert {type(layer) for path, layer in net.layers.items() if path != "remat"} == {Dense}
-    assert net.layers["remat"] == Conv("remat", (3, 2, 4, 6), None, (2, 2), "VALID", (1, 1))
-    assert net.dense == dict.fromkeys(dense, "not the kernel of nn.Dense or nn.Conv")
-    assert net.possible == 144 + 42 + 35 + 3 * 25 + 9 + 12
+    kinds = {path: type(layer) for path, layer in net.layers.items()}
+    general = {path for path, kind in kinds.items() if kind is DenseGeneral}
+    assert general == {path for path in shapes if path.startswith(("attention", "general"))}
+    assert {kinds[path] for path in kinds.keys() - general} == {Dense, Conv}
+    window = Window((2, 2), "VALID", (1, 1))
+    assert net.layers["remat"] == Conv("remat", (3, 2, 4, 6), None, window)
+    assert net.dense == {name: Left(shape, why) for name, shape in dense.items()}
+    assert net.possible == 144 + 42 + 35 + 3 * 25 + 9 + 12 + 4 * 25 + 12
+    assert net.weights == net.possible + 2 * 2 * 5 * 3 + 9 * 4
     net = network(model, IMAGE, sparse=lambda path: path.startswith("s"))
     assert set(net.layers) == {path for path in shapes if path.startswith("s")}
-    assert {path for path, why in net.dense.items() if why == "not chosen"} == {
-        "remat/kernel", "plain/kernel", "renamed/kernel", "Dense_0/kernel", "Dense_1/kernel"
-    }  # fmt: skip
+    assert {name for name, left in net.dense.items() if left.why == "not chosen"} == {
+        f"{path}/kernel" for path in shapes if not path.startswith("s")
+    }
 
 
 def test_layers_come_in_the_order_in_which_jax_returns_dicts_of_them():
@@ -169,13 +178,11 @@ def replacing(base, *names):
 
 
 REFUSED = {
-    "groups": (conv(feature_group_count=2), "'a'.*feature_group_count 2"),
-    "input dilation": (conv(input_dilation=(2, 2)), "'a'.*input_dilation"),
-    "circular": (conv(padding="CIRCULAR"), "'a'.*padding 'CIRCULAR'"),
-    "reflect": (conv(padding="REFLECT"), "'a'.*padding 'REFLECT'"),
-    "causal": (conv(kernel_size=(3,), padding="CAUSAL"), "'a'.*only 2-D"),
-    "1-d": (conv(kernel_size=3), "'a'.*only 2-D"),
-    "3-d": (conv(kernel_size=(1, 1, 1)), "'a'.*only 2-D"),
+    "input dilation": (conv(input_dilation=(2, 2), padding=1), "'a'.*input_dilation"),
+    "batch dims": (
+        layer(lambda: nn.DenseGeneral(3, batch_dims=0, name="a")),
+        r"'a'.*batch_dims \(0,\)",
+    ),
     "mask": (conv(mask=jnp.ones((3, 3, 4, 4))), "'a'.*mask="),
     "conv product": (conv(conv_general_dilated=jax.lax.conv_general_dilated), "'a'.*conv_general"),
     "dense product": (
@@ -222,23 +229,82 @@ REFUSED = {
         layer(lambda: nn.Dense(4, param_dtype=jnp.bfloat16, name="a")),
         "'a'.*param_dtype is bfloat16, allowed is float32",
     ),
-    "nothing": (lambda m, x: nn.LayerNorm()(x), "no nn.Dense or nn.Conv"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_covered_is_refused_in_one_sentence(case):
+def test_what_is_named_and_not_covered_is_refused_in_one_sentence(case):
     body, sentence = REFUSED[case]
     with pytest.raises(ConfigError, match=sentence) as caught:
-        network(Model(body), IMAGE)
+        network(Model(body), IMAGE, sparse="*")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_named_and_not_covered_stays_dense(case, caplog):
+    """The rest is sparse, and the log says why that is not."""
+
+    def body(module, x):
+        return nn.Dense(3, name="sparse")(REFUSED[case][0](module, x))
+
+    net = network(Model(body), IMAGE)
+    assert list(net.layers) == ["sparse"]
+    left = [name for name in net.dense if f"{name} stays dense: " in caplog.text]
+    assert left == list(net.dense) and left[0].startswith(("a/", "GRUCell_0/"))
 
 
 def test_what_a_kernel_read_elsewhere_raises_is_quoted():
     with pytest.raises(
         ConfigError, match=r"weight tying.*AttributeError: 'NoneType' object has no"
     ):
-        network(Model(REFUSED["tied, get"][0]), IMAGE)
+        network(Model(REFUSED["tied, get"][0]), IMAGE, sparse="a")
+
+
+def test_of_many_layers_only_those_that_are_read_elsewhere_stay_dense():
+    def body(module, x):
+        x, both = Setup(name="setup")(x), [nn.Dense(3, name=name) for name in ("a", "b")]
+        x = sum(layer(x) for layer in both)
+        return nn.Dense(3)(x) @ sum(layer.variables["params"]["kernel"].T for layer in both)
+
+    net = network(Model(body), IMAGE)
+    assert list(net.layers) == ["Dense_0", "setup/inner_0", "setup/inner_1"]
+    assert all("weight tying" in net.dense[f"{name}/kernel"].why for name in "ab")
+
+
+def test_globs_name_what_is_sparse_and_what_is_dense():
+    paths = lambda **of: set(network(Model(zoo), IMAGE, **of).layers)  # noqa: E731
+    every, attention = paths(), {f"attention/{n}" for n in ("query", "key", "value", "out")}
+    assert paths(dense="attention/*") == every - attention
+    assert paths(dense=("*_?", "general")) == every - {"general", *(p for p in every if "_" in p)}
+    assert paths(sparse=("*/query", "plain"), dense="p*") == {"attention/query"}
+    for of in ({"dense": "attention"}, {"sparse": ["plain", "attention"]}):
+        with pytest.raises(ConfigError, match=r"is 'attention', which matches no layer; .*'plain'"):
+            paths(**of)
+    with pytest.raises(ConfigError, match=r"globs of layers must be strings .*, not \(3,\)"):
+        paths(dense=(3,))
+    with pytest.raises(
+        ConfigError, match=r"no nn\.Dense.* layer that may be sparse; .*: not chosen"
+    ):
+        paths(dense="*")
+    with pytest.raises(ConfigError, match=r"no nn\.Dense, nn\.DenseGeneral or nn\.Conv layer"):
+        network(Model(lambda m, x: nn.LayerNorm()(x)), IMAGE)
+
+
+def test_the_summary_has_a_row_a_weight_and_both_sparsities(capsys):
+    def body(module, x):
+        return nn.Embed(5, 4)(jnp.zeros(2, int)) @ nn.Dense(4, name="a")(x).T
+
+    net = network(Model(body), ROWS)
+    state = dst.init_state(net, optax.sgd(0.1), dst.method("set", 0.75), jax.random.key(0))
+    net.summary()
+    net.summary(state)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a/kernel nn.Dense 5 x 4 20 sparse" in text
+    assert "a/kernel nn.Dense 5 x 4 20 5 (25.00%)" in text
+    assert text.count("Embed_0/embedding 5 x 4 20 dense: not the kernel") == 2
+    assert text.count("20 of 40 weights can be sparse, 50.00%.") == 2
+    assert "Sparsity 75.00% of these, overall 37.50%: 5 connections and 20 dense weights." in text
+    assert dst.sparsity_of(state.masks) == 0.75 and dst.sparsity_of(state.masks, net) == 0.375
 
 
 def test_a_models_own_error_is_raised_as_it_is():
@@ -249,12 +315,13 @@ def test_a_models_own_error_is_raised_as_it_is():
 
 def test_every_field_of_flax_is_accounted_for(monkeypatch):
     """What a later Flax adds is refused once it is set."""
-    fields = [field.name for base in (nn.Dense, nn.Conv) for field in dataclasses.fields(base)]
+    kinds = (nn.Dense, nn.DenseGeneral, nn.Conv)
+    fields = [field.name for base in kinds for field in dataclasses.fields(base)]
     assert set(fields) == obstacle.FIELDS
     monkeypatch.setattr(obstacle, "FIELDS", obstacle.FIELDS - {"precision"})
     network(Model(layer(lambda: nn.Dense(3, name="a"))), ROWS)
     with pytest.raises(ConfigError, match=r"'a'.*precision 'high', which dst does not know"):
-        network(Model(layer(lambda: nn.Dense(3, precision="high", name="a"))), ROWS)
+        network(Model(layer(lambda: nn.Dense(3, precision="high", name="a"))), ROWS, sparse="*")
 
 
 class JitMethod(nn.Module):
@@ -317,20 +384,8 @@ def test_a_layer_applied_to_variables_of_its_own_stays_dense(caplog):
     assert "head stays dense: it is applied to variables of its own" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["groups", "scan, shared", "weight norm", "tied", "subclass", "param", "type"],
-)
-def test_a_refused_layer_may_stay_dense(case):
-    def body(module, x):
-        return nn.Dense(3, name="sparse")(REFUSED[case][0](module, x))
-
-    net = network(Model(body), IMAGE, sparse=lambda path: path == "sparse")
-    assert list(net.layers) == ["sparse"]
-
-
 def test_a_model_that_is_one_layer_is_refused():
-    with pytest.raises(ConfigError, match="it has no path; put a model that is one layer"):
+    with pytest.raises(ConfigError, match="the model is one layer, which has no path"):
         network(nn.Dense(3), ROWS)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dst import observe as probes
+from dst.discovery import network
 from dst.errors import ConfigError
 from dst.layers import Dense
-from dst.network import network
 from tests.test_probes import (
     Layers,
     Structure,
@@ -153,6 +153,6 @@ def test_a_convolution_of_images_of_two_sizes_is_refused_in_a_sentence():
     net = network(Scales(), x)
     variables = net.model.init(jax.random.key(0), x)
     with pytest.raises(
-        ConfigError, match=r"'conv' is called on inputs of several sizes; .*sparse="
+        ConfigError, match=r"'conv' is called on inputs of several sizes; .*dense='conv'"
     ):
         probes.observe(net.layers, loss_of_one(net, variables, x))

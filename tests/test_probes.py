@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from dst import observe as probes
+from dst.discovery import network
 from dst.layers import base
-from dst.network import network
 
 CONVS = {
     "same": {"kernel_size": (3, 3)},

@@ -11,8 +11,8 @@ import pytest
 
 import dst
 from dst.connections.execution import init_rest
+from dst.discovery import network
 from dst.methods.before import cooled
-from dst.network import network
 from tests.executions import ONE
 
 TX = optax.sgd(0.1)

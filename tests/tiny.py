@@ -83,4 +83,4 @@ def active(state) -> dict[str, int]:
 
 def kernels(tree, state) -> dict[str, np.ndarray]:
     """The sparse layers' kernels of `params` or of anything in its form."""
-    return {path: np.asarray(tree[path]["kernel"]) for path in state.masks}
+    return {path: np.asarray(kernel) for path, kernel in state.masks.kernels(tree).items()}

@@ -161,8 +161,23 @@ def linear(
 ) -> tuple[Array, Array]:
     """W h + b of a sparse layer and its `values`, by default those in the module's collection.
 
-    Shapes: (..., n_in) -> (..., n_out) in h's dtype, or the convolution of (..., H, W, n_in).
+    h and y are as the module has them, y in h's dtype.
     """
+    bias = None if bias is None else bias.ravel()
+    y, values = _linear(part, module, part.layer.inputs(h), bias, values, frozen, mark)
+    return part.layer.outputs(y), values
+
+
+def _linear(
+    part: Part,
+    module: nn.Module,
+    h: Array,
+    bias: Array | None,
+    values: Array | None,
+    frozen: bool,
+    mark: Callable,
+) -> tuple[Array, Array]:
+    """`linear` with units along the last axis: (..., n_in) -> (..., n_out), or of maps."""
     own: dict[str, Any] = {
         name: module.get_variable(VALUES, name) for name in ("values", "column", "pointer")
     }

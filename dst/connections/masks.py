@@ -103,7 +103,7 @@ class Masks(Mapping[str, Array]):
 
     def dead_units(self) -> dict[str, Array]:
         """Output units of each layer without an incoming connection: int32 scalars."""
-        by_output = {path: mask.reshape(-1, mask.shape[-1]) for path, mask in self.items()}
+        by_output = {l.path: self[l.path].reshape(-1, l.n_out) for l in self.layers}
         return {path: jnp.sum(~mask.any(0), dtype=jnp.int32) for path, mask in by_output.items()}
 
     # ------------------------------------------------------------------------------- the entries

@@ -127,14 +127,14 @@ add_channel_bias.defvjp(lambda y, bias: (add_channel_bias(y, bias), None), _chan
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def expand(part: Part, values: Array, arena: Arena) -> tuple[Array, Array]:
-    """The layer's dense kernel, for the moment of a convolution, and `values` unchanged."""
+    """The layer's dense kernel, `dims`, for the moment of a convolution, and `values` unchanged."""
 
     def add(kernel, at, value, i, o):
         return kernel.at[i, o].add(value)
 
     kernel = jnp.zeros((part.n_in, part.n_out), values.dtype)
     kernel = pure.over_connections(part, values, arena.column, arena.pointer, add, kernel)
-    return kernel.reshape(part.layer.shape), values
+    return kernel.reshape(part.layer.dims), values
 
 
 def _expand_forward(part, values, arena):

@@ -56,9 +56,9 @@ as `dense.py` and `conv.py` do.
 
 from dst.layers.base import KINDS, Layer, kind_of, register
 from dst.layers.conv import Conv
-from dst.layers.dense import Dense
+from dst.layers.dense import Dense, DenseGeneral
 
 # Their `obstacle` looks at every field of the module: nothing has to be tried.
-BUILT_IN = (register(Dense), register(Conv))
+BUILT_IN = (register(Dense), register(DenseGeneral), register(Conv))
 
-__all__ = ["BUILT_IN", "KINDS", "Conv", "Dense", "Layer", "kind_of", "register"]
+__all__ = ["BUILT_IN", "KINDS", "Conv", "Dense", "DenseGeneral", "Layer", "kind_of", "register"]

@@ -5,6 +5,10 @@ axes. A kind of layers is a subclass: it says which module it stands for, descri
 and has the product. All else has general defaults, right for any such kind, though by way of the
 kernel's whole gradient; `dense.py` and `conv.py` do better.
 
+Where a module has its units elsewhere (`nn.DenseGeneral`) or lacks an axis (a convolution over
+sequences), `inputs`, `units` and `outputs` lead to that form and back. Everything else in `dst`
+sees the form, in which the kernel has the shape `dims`.
+
 h and delta = dL/dy by unit are (n_in, ...) and (n_out, ...), the batch next: what gradients are
 computed from where all calls of a layer are held.
 """
@@ -32,10 +36,10 @@ CHUNK_ELEMENTS = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A sparse kernel (..., n_in, n_out) of a model: the protocol, and its defaults."""
+    """A sparse kernel of a model: the protocol, and its defaults."""
 
     path: str  # 'a/b' for params['a']['b']['kernel']
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the parameter
     precision: Any = None  # the module's, see `jax.lax.Precision`
 
     module_type: ClassVar[type[nn.Module]]  # whose calls are such layers, subclasses' too
@@ -51,7 +55,7 @@ class Layer:
         raise NotImplementedError(f"{cls.__name__} needs describe(path, module, h)")
 
     def apply(self, h: Array, kernel: Array) -> Array:
-        """y without the bias: (..., n_in), (..., n_in, n_out) -> (..., n_out)."""
+        """y without the bias: (..., n_in), `dims` -> (..., n_out)."""
         raise NotImplementedError(f"{type(self).__name__} needs apply(h, kernel)")
 
     # ------------------------------------------------------------------------------- of a module
@@ -67,14 +71,37 @@ class Layer:
         """
         call()
 
+    def inputs(self, h: Array) -> Array:
+        """h as a module gets it, with its units along the last axis."""
+        return h
+
+    def units(self, y: Array) -> Array:
+        """y as a module gives it, with its units along the last axis."""
+        return y
+
+    def outputs(self, y: Array) -> Array:
+        """The inverse of `units`."""
+        return y
+
     # --------------------------------------------------------------------------------- its numbers
     @property
+    def dims(self) -> tuple[int, ...]:
+        """The kernel's shape as (..., n_in, n_out)."""
+        return self.shape
+
+    @property
     def n_in(self) -> int:
-        return self.shape[-2]
+        """Inputs of an output, of a convolution at each place of its window."""
+        return self.dims[-2]
 
     @property
     def n_out(self) -> int:
-        return self.shape[-1]
+        return self.dims[-1]
+
+    @property
+    def channels(self) -> int:
+        """Units of h: more than n_in where outputs read groups of them."""
+        return self.n_in
 
     @property
     def columns(self) -> int:
@@ -89,13 +116,13 @@ class Layer:
     @property
     def places(self) -> tuple[int, int]:
         """(kx, ky): the kernel is this many matrices (n_in, n_out)."""
-        return 1, math.prod(self.shape[:-2])
+        return 1, math.prod(self.dims[:-2])
 
     # ------------------------------------------------------------------------------------- forward
     def output(self, h: Any, dtype: Any) -> jax.ShapeDtypeStruct:
         """Shape and type of y, computed in `dtype`, of an input h as array or shape."""
         like = lambda shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-        return like(jax.eval_shape(self.apply, like(h.shape), like(self.shape)).shape)
+        return like(jax.eval_shape(self.apply, like(h.shape), like(self.dims)).shape)
 
     def apply_fast(self, h: Array, kernel: Array) -> Array:
         """`apply` in the way that suits this backend best."""
@@ -120,16 +147,24 @@ class Layer:
 
     def never_called(self) -> tuple[Array, Array]:
         """h and delta by unit of a layer that is never called."""
-        return jnp.zeros((self.n_in, 0)), jnp.zeros((self.n_out, 0))
+        return jnp.zeros((self.channels, 0)), jnp.zeros((self.n_out, 0))
+
+    def paired(self, f: Array, g: Array) -> tuple[Array, Array]:
+        """f over the units of h, g over those of y, as marginals of the pairs that the kernel has.
+
+        Shapes: (channels,), or (places channels,) if f tells places apart, (n_out,) -> (n_in,) or
+        (columns,), (n_out,).
+        """
+        return f, g
 
     # ------------------------------------------------------------------- from h and delta by unit
     def kernel_gradient(self, h: Array, delta: Array) -> Array:
-        """dL/dw of the whole kernel, at least float32."""
+        """dL/dw of the whole kernel, at least float32: `dims`."""
         dtype = jnp.promote_types(h.dtype, jnp.float32)
         if not h.size:
-            return jnp.zeros(self.shape, dtype)
+            return jnp.zeros(self.dims, dtype)
         h, delta = (jnp.moveaxis(a, 0, -1).astype(dtype) for a in (h, delta))
-        y, pull = jax.vjp(lambda kernel: self.apply(h, kernel), jnp.zeros(self.shape, dtype))
+        y, pull = jax.vjp(lambda kernel: self.apply(h, kernel), jnp.zeros(self.dims, dtype))
         return pull(delta.astype(y.dtype))[0]
 
     def gradient_at(self, h: Array, delta: Array, column: Array, output: Array) -> Array:
@@ -149,19 +184,27 @@ class Layer:
     def signed_sums(self, h: Array, delta: Array, sign: Array) -> tuple[Array, Array]:
         """f, g of GraEst for signs r: sum_r r h over what each column reads, sum_r r delta.
 
-        Shapes: sign as delta without its first axis -> (columns,), (n_out,), at least float32.
+        Shapes: sign as delta without its first axis -> (places channels,), (n_out,), at least
+        float32.
         """
         # What the columns of output 0 read, those of all outputs read.
         f = self.kernel_gradient(h, jnp.zeros_like(delta).at[0].set(sign.astype(delta.dtype)))
         return f.reshape(-1, self.n_out)[:, 0], signed_total(delta, sign)
 
 
-def init_bias(module: Any, n_out: int) -> None:
+def init_bias(module: Any, shape: tuple[int, ...]) -> None:
     """The bias of a module of Flax, drawn as if there had been a kernel."""
     scope = module.scope
+
+    def flat(rng: Array, shape: tuple[int, ...], dtype: Any) -> Any:  # as `nn.DenseGeneral` draws
+        drawn = module.bias_init(rng, (math.prod(shape),), dtype)
+        if isinstance(drawn, nn.meta.AxisMetadata):
+            return nn.meta.replace_boxed(drawn, drawn.unbox().reshape(shape))
+        return drawn.reshape(shape)
+
     if module.use_bias and not scope.has_variable("params", "bias"):
         scope.make_rng("params")  # the kernel's
-        scope.param("bias", module.bias_init, (n_out,), module.param_dtype)
+        scope.param("bias", flat, shape, module.param_dtype)
 
 
 def signed_total(a: Array, sign: Array) -> Array:

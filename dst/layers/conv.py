@@ -1,4 +1,8 @@
-"""`nn.Conv` in two dimensions: strides, padding and kernel dilation, channels last."""
+"""`nn.Conv` in one and two dimensions: strides, padding and kernel dilation, channels last.
+
+A convolution over sequences is one over maps of one row. Three dimensions and groups of channels
+are in `conv_general.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,58 +17,45 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dst.layers import window as windows
 from dst.layers.base import Layer, block_product, chunk_size, init_bias, signed_total
+from dst.layers.conv_general import ConvGeneral
 from dst.layers.convolution import convolve
 from dst.layers.obstacle import changed
+from dst.layers.window import Window, window_of
 
 Array = jax.Array
 
 
-def pair(value: Any) -> tuple[int, int]:
-    """Strides or dilations as Flax takes them: None, a number or two."""
-    if value is None:
-        return (1, 1)
-    return (value, value) if isinstance(value, int) else tuple(value)
+PIXEL = Window((1, 1), "SAME", (1, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Conv(Layer):
-    """A kernel (kx, ky, n_in, n_out) on maps (..., H, W, n_in).
+    """A kernel (kx, ky, n_in, n_out) on maps (..., H, W, n_in), or (k, n_in, n_out) on sequences.
 
-    By unit h is (n_in, B, H, W) with its padding, delta (n_out, B, H', W').
+    By unit h is (n_in, B, H, W) with its padding, delta (n_out, B, H', W'); H = 1 of a sequence.
     """
 
-    strides: tuple[int, int] = (1, 1)
-    padding: Any = "SAME"  # or "VALID", or zeros before and after rows and columns
-    dilation: tuple[int, int] = (1, 1)
+    window: Window = PIXEL  # of maps
 
     module_type = nn.Conv
     convolves = True
     plural = "convolutions"
 
     @classmethod
-    def describe(cls, path: str, module: Any, h: Any) -> Conv:
-        padding = module.padding
-        if not isinstance(padding, str):
-            sides = (padding,) * 2 if isinstance(padding, int) else padding
-            padding = tuple(pair(side) for side in sides)
-        shape = (*module.kernel_size, h.shape[-1], module.features)
-        strides, dilation = pair(module.strides), pair(module.kernel_dilation)
-        return cls(path, shape, module.precision, strides, padding, dilation)
+    def describe(cls, path: str, module: Any, h: Any) -> Layer:
+        size, window = window_of(module)
+        groups = module.feature_group_count
+        shape = (*size, h.shape[-1] // groups, module.features)
+        if len(size) > 2 or groups > 1:
+            return ConvGeneral(path, shape, module.precision, window, groups)
+        return cls(path, shape, module.precision, on_maps(window))
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
-        if why := changed(module, cls.module_type):
+        if why := changed(module, cls.module_type) or windows.obstacle(module):
             return why
-        size = module.kernel_size
-        if isinstance(size, int) or len(size) != 2:
-            return f"kernel_size {size}: only 2-D convolutions are covered"
-        if module.feature_group_count != 1:
-            return f"feature_group_count {module.feature_group_count}"
-        if pair(module.input_dilation) != (1, 1):
-            return f"input_dilation {module.input_dilation}"
-        if isinstance(module.padding, str) and module.padding not in ("SAME", "VALID"):
-            return f"padding {module.padding!r}"
         if module.mask is not None:
             return "a mask= of its own"
         if module.conv_general_dilated is not None or module.conv_general_dilated_cls is not None:
@@ -72,21 +63,43 @@ class Conv(Layer):
         return None
 
     def init(self, module: Any, call: Any) -> None:
-        init_bias(module, self.n_out)
+        init_bias(module, (self.n_out,))
+
+    def inputs(self, h: Array) -> Array:
+        if len(self.shape) == 3:
+            h = h[..., None, :, :]
+        return self.window.repeated(self.places, h)
+
+    def units(self, y: Array) -> Array:
+        return y[..., None, :, :] if len(self.shape) == 3 else y
+
+    def outputs(self, y: Array) -> Array:
+        return y[..., 0, :, :] if len(self.shape) == 3 else y
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return (1, *self.shape) if len(self.shape) == 3 else self.shape
 
     @property
     def places(self) -> tuple[int, int]:
-        return self.shape[0], self.shape[1]
+        return self.dims[0], self.dims[1]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self.window.strides
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return self.window.dilation
+
+    @property
+    def _extent(self) -> list[int]:
+        """Rows and columns from the first to the last that the kernel reads."""
+        return self.window.extent(self.places)
 
     def pads(self, sides: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
         """Rows and columns of zeros around a map of H, W."""
-        if not isinstance(self.padding, str):
-            return self.padding
-        return tuple(lax.padtype_to_pads(sides, self._extent(), self.strides, self.padding))
-
-    def _extent(self) -> list[int]:
-        """Rows and columns between the first and the last that the kernel reads."""
-        return [(k - 1) * d + 1 for k, d in zip(self.shape[:2], self.dilation, strict=True)]
+        return self.window.pads(self.places, sides)
 
     # ------------------------------------------------------------------------------------- forward
     def apply(self, h: Array, kernel: Array) -> Array:
@@ -109,12 +122,12 @@ class Conv(Layer):
         return y.reshape(*h.shape[:-3], *y.shape[1:])
 
     def output_sides(self, sides: tuple[int, ...]) -> list[int]:
-        steps = zip(self._extent(), self.strides, self.pads(sides), sides, strict=True)
+        steps = zip(self._extent, self.strides, self.pads(sides), sides, strict=True)
         return [(n + sum(pad) - extent) // stride + 1 for extent, stride, pad, n in steps]
 
     def taps(self, sides: tuple[int, ...]) -> list[int]:
         (top, _), (left, _) = self.pads(sides)
-        return [*self.shape[:2], *self.strides, top, left, *self.dilation]
+        return [*self.dims[:2], *self.strides, top, left, *self.dilation]
 
     # ------------------------------------------------------------------------------ h and delta
     def by_unit(self, h: Array, delta: Array) -> tuple[Array, Array]:
@@ -123,9 +136,9 @@ class Conv(Layer):
         return h.transpose(3, 0, 1, 2), delta.reshape(-1, *delta.shape[-3:]).transpose(3, 0, 1, 2)
 
     def never_called(self) -> tuple[Array, Array]:
-        return jnp.zeros((self.n_in, 1, *self._extent())), jnp.zeros((self.n_out, 1, 1, 1))
+        return jnp.zeros((self.n_in, 1, *self._extent)), jnp.zeros((self.n_out, 1, 1, 1))
 
-    def window(self, h: Array, delta: Array, corner: Sequence[Any], channels: int) -> Array:
+    def windows(self, h: Array, delta: Array, corner: Sequence[Any], channels: int) -> Array:
         """What a kernel position reads for every output position: h[i:, b, x s + kx d, y s + ky d].
 
         Corner (kx, ky, i) int32; h and delta by unit -> (channels, B, H', W').
@@ -140,11 +153,11 @@ class Conv(Layer):
     def gradient_at(self, h: Array, delta: Array, column: Array, output: Array) -> Array:
         """sum_bxy h[i, b, x s + kx d, y s + ky d] delta[o, b, x, y]."""
         dtype = jnp.promote_types(h.dtype, jnp.float32)
-        kx, ky, i = jnp.unravel_index(column, self.shape[:3])
+        kx, ky, i = jnp.unravel_index(column, self.dims[:3])
 
         def one(position):
             *corner, o = position
-            return jnp.sum(self.window(h, delta, corner, 1)[0] * delta[o], dtype=dtype)
+            return jnp.sum(self.windows(h, delta, corner, 1)[0] * delta[o], dtype=dtype)
 
         chunk = chunk_size(math.prod(delta.shape[1:]), column.size)
         return lax.map(one, (kx, ky, i, output), batch_size=chunk)
@@ -152,17 +165,26 @@ class Conv(Layer):
     def gradient_block(self, h, delta, corner, size):
         *place_and_input, o = corner
         delta = lax.dynamic_slice_in_dim(delta, o, size[1])
-        return block_product(self.window(h, delta, place_and_input, size[0]), delta)
+        return block_product(self.windows(h, delta, place_and_input, size[0]), delta)
 
     def signed_sums(self, h: Array, delta: Array, sign: Array) -> tuple[Array, Array]:
         """Every output position of every image has a sign: (B, H', W')."""
 
         def read_at(place: Array) -> Array:
-            read = self.window(h, delta, (*place, jnp.int32(0)), self.n_in)
+            read = self.windows(h, delta, (*place, jnp.int32(0)), self.n_in)
             return signed_total(read, sign)
 
-        places = jnp.array([*np.ndindex(self.shape[:2])], jnp.int32)
+        places = jnp.array([*np.ndindex(self.dims[:2])], jnp.int32)
         return lax.map(read_at, places).ravel(), signed_total(delta, sign)
+
+
+def on_maps(window: Window) -> Window:
+    """The window of a convolution over sequences as one over maps of one row."""
+    strides, padding, dilation, repeats = window
+    if len(strides) == 2:
+        return window
+    zeros = padding if isinstance(padding, str) else ((0, 0), *padding)
+    return Window((1, *strides), zeros, (1, *dilation), repeats)
 
 
 def fast_convolution(next_fun, args, kwargs, context):
@@ -176,5 +198,5 @@ def fast_convolution(next_fun, args, kwargs, context):
     kernel = module.get_variable("params", "kernel")
     bias = module.get_variable("params", "bias") if module.use_bias else None
     x, kernel, bias = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
-    y = layer.apply_fast(x, kernel)
+    y = layer.outputs(layer.apply_fast(layer.inputs(x), kernel.reshape(layer.dims)))
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

@@ -47,7 +47,7 @@ def _shifted(layer: Conv, x: Array, axis: int, size: int) -> list[Array]:
     pad, stride, step = layer.pads(x.shape[1:3])[axis], layer.strides[axis], layer.dilation[axis]
     x = jnp.pad(x, [pad if i == axis + 1 else (0, 0) for i in range(4)])
     reach = (size - 1) * stride + 1
-    starts = [tap * step for tap in range(layer.shape[axis])]
+    starts = [tap * step for tap in range(layer.dims[axis])]
     return [lax.slice_in_dim(x, t, t + reach, stride, axis=axis + 1) for t in starts]
 
 
@@ -58,7 +58,7 @@ def _weight_gradient(layer: Conv, x: Array, delta: Array) -> Array:
     columns = _shifted(layer, x, 1, delta.shape[2])
     last = (delta.shape[1] - 1) * strides[0]
     rows = []
-    for tap in range(layer.shape[0]):
+    for tap in range(layer.dims[0]):
         start = tap * layer.dilation[0] - top
         pad = (start, height - 1 - last - start, strides[0] - 1)
         rows.append(lax.pad(delta, jnp.zeros((), delta.dtype), [(0, 0, 0), pad, *[(0, 0, 0)] * 2]))
@@ -68,7 +68,7 @@ def _weight_gradient(layer: Conv, x: Array, delta: Array) -> Array:
     # Without the barrier XLA builds both operands anew in every tile of the dot.
     left, right = lax.optimization_barrier((left, right))
     product = lax.dot_general(left, right, (((0,), (0,)), ((), ())), precision=layer.precision)
-    k, l, n_in, n_out = layer.shape
+    k, l, n_in, n_out = layer.dims
     return product.reshape(l, n_in, k, n_out).transpose(2, 0, 1, 3)
 
 

@@ -53,7 +53,7 @@ def misfit(path: str, layer: Any, module: Any, h: Any) -> str | None:
 def _other_variables(layer: Layer, variables: Any) -> str | None:
     """Why the module's variables are not a kernel of the layer's shape and a bias."""
     kernel = variables.get("params", {}).get("kernel")
-    if getattr(kernel, "shape", None) != layer.shape or len(layer.shape) < 2:
+    if getattr(kernel, "shape", None) != layer.shape or len(layer.dims) < 2:
         shape = getattr(kernel, "shape", "missing")
         return f"its kernel is {shape}, where {type(layer).__name__} describes {layer.shape}"
     if kernel.dtype != jnp.float32:
@@ -67,10 +67,11 @@ def _other_variables(layer: Layer, variables: Any) -> str | None:
 def _differences(layer: Layer, module: Any, params: Any, h: Array, y: Array) -> Iterator[str]:
     """What is not as the module, which gives y, and the defaults have it, a sentence each."""
     kind, kernel, bias = type(layer).__name__, params["kernel"], params.get("bias")
+    h, y, kernel = layer.inputs(h), layer.units(y), kernel.reshape(layer.dims)
     low, kernel_low, bias = promote_dtype(h, kernel, bias, dtype=getattr(module, "dtype", None))
     for name, apply in _products(layer).items():
         found = apply(low, kernel_low)
-        if bias is not None and found.shape[-1:] == bias.shape:
+        if bias is not None and found.shape[-1:] == (bias.size,):
             found += bias.reshape((1,) * (found.ndim - 1) + (-1,))
         if found.shape != y.shape:
             yield f"{kind}.{name} gives {found.shape}, the module {y.shape}"
@@ -79,7 +80,7 @@ def _differences(layer: Layer, module: Any, params: Any, h: Array, y: Array) -> 
     other = kernel**2
     if not _close(layer.apply(h, kernel + other), layer.apply(h, kernel) + layer.apply(h, other)):
         yield f"{kind}.apply is not linear in the kernel"
-    for x, n in ((h, layer.n_in), (y, layer.n_out)):
+    for x, n in ((h, layer.channels), (y, layer.n_out)):
         if (shape := layer.sums(x, jnp.float32).shape) != (n,):
             yield f"{kind}.sums gives {shape} of {x.shape}, not one for each of {n} units"
     G = Layer.kernel_gradient(layer, *Layer.by_unit(layer, h, y)).reshape(-1, layer.n_out)

@@ -10,13 +10,13 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-# The fields of `nn.Dense` and `nn.Conv` that every product of `dst` honours or an `obstacle` looks
-# at. A sparse layer's weights are drawn as in Sec. 4.1, not by kernel_init.
+# The fields of the built-in kinds' modules that every product of `dst` honours or an `obstacle`
+# looks at. A sparse layer's weights are drawn as in Sec. 4.1, not by kernel_init.
 FIELDS = {
     *("parent", "name", "features", "use_bias", "dtype", "param_dtype", "precision", "kernel_init"),
     *("bias_init", "promote_dtype", "dot_general", "dot_general_cls", "kernel_size", "strides"),
     *("padding", "input_dilation", "kernel_dilation", "feature_group_count", "mask"),
-    *("conv_general_dilated", "conv_general_dilated_cls"),
+    *("conv_general_dilated", "conv_general_dilated_cls", "axis", "batch_dims"),
 }
 
 

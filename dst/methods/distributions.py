@@ -119,5 +119,6 @@ def layer_counts(shapes: Shapes, sparsity: float, distribution: str = "uniform")
 
 def first_counts(net: Network, method: Method) -> dict[str, int]:
     """Connections of each layer at step 0; their sum is K."""
-    shapes = {path: layer.shape for path, layer in net.layers.items()}
+    # As RigL has it: all sides of a window, but of attention its matrix.
+    shapes = {p: layer.dims if layer.matrix else layer.shape for p, layer in net.layers.items()}
     return layer_counts(shapes, method.first_sparsity, method.distribution)

@@ -72,7 +72,7 @@ def grabo(net: Network, state: SparseState, seen: Seen) -> Marginals:
         return jnp.sum(jnp.abs(a), axis=tuple(range(1, a.ndim)), dtype=jnp.float32)
 
     of_units = {path: tuple(map(total, pair)) for path, pair in seen.units.items()}
-    return lax.psum({**of_units, **seen.sums}, AXIS)
+    return paired(net, lax.psum({**of_units, **seen.sums}, AXIS))
 
 
 def graest(net: Network, state: SparseState, seen: Seen) -> Marginals:
@@ -88,7 +88,12 @@ def graest(net: Network, state: SparseState, seen: Seen) -> Marginals:
         h, delta = seen.units[path]
         sign = jax.random.rademacher(jax.random.fold_in(key, l), delta.shape[1:], delta.dtype)
         sums[path] = layer.signed_sums(h, delta, sign)
-    return jax.tree.map(jnp.abs, lax.psum(sums, AXIS))
+    return paired(net, jax.tree.map(jnp.abs, lax.psum(sums, AXIS)))
+
+
+def paired(net: Network, fg: Marginals) -> Marginals:
+    """f and g of units as those of each kernel's pairs, see `Layer.paired`."""
+    return {path: net.layers[path].paired(f, g) for path, (f, g) in fg.items()}
 
 
 def synflow(net: Network) -> Callable[[SparseState], Marginals]:
@@ -188,7 +193,7 @@ def synaptic_flow(
     # The scale of R cancels in f and g; dividing by it keeps the cotangents in range. If a layer
     # has collapsed, R is nothing, and f x g is where connections would mend it.
     flow = lambda extra: total({**collections, **extra}) / jnp.maximum(R, NOTHING)  # noqa: E731
-    fg = marginals(net.layers, flow, jnp.float64)
+    fg = paired(net, marginals(net.layers, flow, jnp.float64))
     unit = lambda v: (v / jnp.maximum(v.sum(), NOTHING)).astype(jnp.float32)  # noqa: E731
     return R, double, {path: (unit(f), unit(g)) for path, (f, g) in fg.items()}
 
@@ -242,7 +247,9 @@ def _twin(net: Network, connections: Connections) -> Callable:
             chosen = kind in BUILT_IN or layer_path(module) in net.layers
             if kind and chosen and kind.obstacle(module) is None:
                 h, kernel = input_of(module, args, kwargs), module.get_variable("params", "kernel")
-                return kind.describe("", module, h).apply(h, kernel) + TRACE
+                layer = kind.describe("", module, h)
+                y = layer.apply(layer.inputs(h), kernel.reshape(layer.dims))
+                return layer.outputs(y) + TRACE
         return next_fun(*args, **kwargs)
 
     return interceptor

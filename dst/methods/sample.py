@@ -47,8 +47,8 @@ def sampling(net: Network, method: Method, planned: Plan) -> Sampling:
     layers, most = list(net.layers.values()), planned.subset.max(0)
     of_shape: dict[tuple[int, ...], int] = {}  # layers of one shape share one compiled program
     for layer, size in zip(layers, most, strict=True):
-        of_shape[layer.shape] = max(of_shape.get(layer.shape, 1), int(size))
-    sizes = tuple(of_shape[layer.shape] for layer in layers)
+        of_shape[layer.dims] = max(of_shape.get(layer.dims, 1), int(size))
+    sizes = tuple(of_shape[layer.dims] for layer in layers)
     K = most_active(net, method, planned.active)
     exhaustible = tuple(
         size >= layer.size - K and layer.size < 2**31
@@ -61,7 +61,7 @@ def group_by_shape(parts: Sequence[Part]) -> list[list[int]]:
     """Layers of one shape, which share one compiled program: ResNet-56 has 7 of them, not 57."""
     groups: dict[Any, list[int]] = {}
     for l, part in enumerate(parts):
-        groups.setdefault((part.layer.shape, part.block, part.layer.large), []).append(l)
+        groups.setdefault((part.layer.dims, part.block, part.layer.large), []).append(l)
     return list(groups.values())
 
 
@@ -84,7 +84,7 @@ def fold_subset(
     size, (f, g) = how.sizes[l], fg
     if size <= how.chunk and part.layer.size < 2**31:
         S, valid = draw_subset(
-            key, f, g, part.layer.shape, exists, active, asked, size, how.rounds, how.exhaustible[l]
+            key, f, g, part.layer.dims, exists, active, asked, size, how.rounds, how.exhaustible[l]
         )
         pairs = _sorted(part, S, valid)
         return visit(carry, pairs, pairs.valid), valid.sum(dtype=jnp.int32)

@@ -29,6 +29,7 @@ class Kernel(NamedTuple):
     """The connections of one kernel, sorted by input, then output."""
 
     shape: tuple[int, ...]
+    outputs: int
     position: np.ndarray  # int64 (M,), in the flat kernel
     values: np.ndarray  # float32 (M,)
 
@@ -46,12 +47,13 @@ def export(
 
     Entries are named like the variables: 'params/Dense_0/bias', 'batch_stats/BatchNorm_0/mean'.
     The entry 'sparse' lists the kernels that are stored as a CSR matrix W (inputs, outputs), of a
-    convolution (kx ky n_in, n_out); such a 'params/Dense_0/kernel' is four entries:
+    convolution (kx ky n_in, n_out), of attention as `nn.DenseGeneral` multiplies; such a
+    'params/Dense_0/kernel' is four entries:
 
         params/Dense_0/kernel/data     float32 (M,), input by input
         params/Dense_0/kernel/indices  int32 (M,), the outputs, rising within an input
         params/Dense_0/kernel/indptr   int32 (inputs + 1,), where each input's connections begin
-        params/Dense_0/kernel/shape    int64, of the kernel in Flax: (n_in, n_out) or 4-D
+        params/Dense_0/kernel/shape    int64, of the kernel in Flax: such as (n_in, n_out)
 
     x @ scipy.sparse.csr_array((data, indices, indptr), shape=shape) is x W of a dense layer. Needs
     O(K) host memory. With `dense`, kernels are plain Flax arrays instead. What NumPy has no type
@@ -111,7 +113,7 @@ def _kernels(state: SparseState) -> Iterator[tuple[str, Kernel]]:
     """The sparse layers' paths and kernels, on the host."""
     state.masks.refuse_values(state.params)
     for layer, position, values in state.masks.on_host(state.params):
-        yield layer.path, Kernel(layer.shape, position, values)
+        yield layer.path, Kernel(layer.shape, layer.n_out, position, values)
 
 
 def _restore(net: Network, path: str | os.PathLike) -> tuple[Any, Connections, Any]:
@@ -122,11 +124,12 @@ def _restore(net: Network, path: str | os.PathLike) -> tuple[Any, Connections, A
     sparse = {f"params/{layer.path}/kernel": layer for layer in net.layers.values()}
     _refuse_another_network(path, {**entries, **kernels}, {**rest, **sparse})
     chosen = [
-        kernels.pop(name) if name in kernels else _nonzero(entries.pop(name)) for name in sparse
+        kernels.pop(name) if name in kernels else _nonzero(entries.pop(name), layer.n_out)
+        for name, layer in sparse.items()
     ]
     counts = dict(zip(net.layers, (kernel.values.size for kernel in chosen), strict=True))
     connect = EXECUTIONS[net.execution].connect
-    A, values = connect(net, counts, (kernel[1:] for kernel in chosen))
+    A, values = connect(net, counts, (kernel[2:] for kernel in chosen))
     entries |= {name: kernel.dense() for name, kernel in kernels.items()}  # dense in this network
     leaves = {name: jnp.asarray(array) for name, array in entries.items()}
     for name in rest.keys() & leaves.keys():  # what was bfloat16 becomes that again
@@ -143,14 +146,14 @@ def _refuse_another_network(path: str | os.PathLike, theirs: Mapping, ours: Mapp
 
 
 # -------------------------------------------------------------------------------------------- files
-def _nonzero(kernel: np.ndarray) -> Kernel:
+def _nonzero(kernel: np.ndarray, outputs: int) -> Kernel:
     position = np.flatnonzero(kernel)
-    return Kernel(kernel.shape, position, kernel.reshape(-1)[position])
+    return Kernel(kernel.shape, outputs, position, kernel.reshape(-1)[position])
 
 
 def _to_csr(name: str, kernel: Kernel) -> Entries:
-    shape = _matrix(kernel.shape)
-    places = np.divmod(kernel.position, shape[1])
+    shape = math.prod(kernel.shape) // kernel.outputs, kernel.outputs
+    places = np.divmod(kernel.position, kernel.outputs)
     W = coo_array((kernel.values, places), shape=shape).tocsr()
     return {
         f"{name}/data": W.data,
@@ -165,19 +168,17 @@ def _from_csr(entries: Entries, name: str) -> Kernel:
     parts = ("data", "indices", "indptr", "shape")
     data, indices, indptr, sides = (entries.pop(f"{name}/{part}") for part in parts)
     shape = tuple(sides.tolist())
-    W = csr_array((data, indices, indptr), shape=_matrix(shape))
+    inputs = indptr.size - 1
+    if inputs not in np.cumprod(shape)[:-1]:
+        raise ValueError(f"{name} of shape {shape} has no matrix of {inputs} inputs")
+    W = csr_array((data, indices, indptr), shape=(inputs, math.prod(shape) // inputs))
     W.check_format(full_check=True)
     # SciPy cuts off what indptr does not reach, and makes integers of other indices.
     if W.nnz != data.size or indices.dtype.kind != "i" or not W.has_canonical_format:
         raise ValueError(f"{name} has connections outside, twice or out of order")
     row, output = W.tocoo().coords
-    position = row.astype(np.int64) * shape[-1] + output
-    return Kernel(shape, position, W.data.astype(np.float32))
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(inputs, outputs) of W, of a convolution (kx ky n_in, n_out)."""
-    return math.prod(shape[:-1]), shape[-1]
+    position = row.astype(np.int64) * W.shape[1] + output
+    return Kernel(shape, W.shape[1], position, W.data.astype(np.float32))
 
 
 def _readable(leaf: Any) -> np.ndarray:

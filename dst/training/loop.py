@@ -145,7 +145,7 @@ def end_epoch(run: Parts, state: SparseState, step: int, clock: Clock):
     config, epoch, seen = run.config, step // run.per_epoch, state.progress
     seconds = time.monotonic() - clock.time
     loss = float(seen.loss_sum) / int(seen.count)
-    sparsity = sparsity_of(state.masks)
+    sparsity = sparsities(run, state)
     run.writer.write(
         "train",
         step,
@@ -153,7 +153,7 @@ def end_epoch(run: Parts, state: SparseState, step: int, clock: Clock):
         loss=loss,
         accuracy=float(seen.correct_sum) / int(seen.count),
         learning_rate=float(run.rate(step - 1)),
-        sparsity=sparsity,
+        **sparsity,
         images_per_second=(step - clock.step) * config.batch_size / seconds,
         seconds=seconds,
     )
@@ -174,7 +174,7 @@ def end_epoch(run: Parts, state: SparseState, step: int, clock: Clock):
     done = finished(run, state)
     test = tested(run, state) if done or epoch % config.eval_every == 0 else None
     if test or extra:
-        run.writer.write("eval", step, epoch=epoch, **(test or {}), **extra, sparsity=sparsity)
+        run.writer.write("eval", step, epoch=epoch, **(test or {}), **extra, **sparsity)
     return state, done, test
 
 
@@ -239,16 +239,22 @@ def end(run: Parts, state: SparseState, step: int, test: dict[str, float] | None
         step,
         epoch=step // run.per_epoch,
         **test,
-        sparsity=sparsity_of(state.masks),
+        **sparsities(run, state),
         active=active,
         possible={path: layer.size for path, layer in run.net.layers.items()},
         cost=cost_of(run, step),
         peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         reason=f"no better loss for {run.config.patience} epochs" if early else "all epochs done",
     )
-    log.say(
-        f"Test accuracy {test['test_accuracy']:.4f} at sparsity {sparsity_of(state.masks):.4f}."
-    )
+    eligible, overall = sparsities(run, state).values()
+    words = "" if overall == eligible else f", {overall:.4f} overall"
+    log.say(f"Test accuracy {test['test_accuracy']:.4f} at sparsity {eligible:.4f}{words}.")
+
+
+def sparsities(run: Parts, state: SparseState) -> dict[str, float]:
+    """Of the layers that are sparse, and overall, with what stays dense."""
+    overall = sparsity_of(state.masks, run.net)
+    return {"sparsity": sparsity_of(state.masks), "overall_sparsity": overall}
 
 
 def collapsed_layers(

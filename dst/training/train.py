@@ -20,13 +20,14 @@ from dst import hosts, models
 from dst.config import check_devices
 from dst.connections.execution import described
 from dst.data import Dataset, load, pipeline
+from dst.discovery import network
 from dst.errors import ConfigError
 from dst.methods.base import Method
 from dst.methods.distributions import first_counts
 from dst.methods.lottery import levels, ticket, winning
 from dst.methods.memory import begun
 from dst.methods.settings import method_of, unread_message
-from dst.network import Network, network
+from dst.network import Network
 from dst.start import init_state, prune_at_init
 from dst.state import SparseState, active_counts
 from dst.training import checkpoint, figures, log, steps
@@ -117,7 +118,14 @@ def build(config: ConfigDict, masks: Masks | None) -> Built:
     example = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
     model = models.build(config, dataset.num_classes)
     models.check_logits(config.model, model, example, dataset.num_classes)
-    net = network(model, example, train=False, execution=config.execution, fuse=config.fuse)
+    net = network(
+        model,
+        example,
+        train=False,
+        dense=config.dense_layers,
+        execution=config.execution,
+        fuse=config.fuse,
+    )
     per_epoch = pipeline.steps_per_epoch(len(dataset.train_labels), config.batch_size)
     rule, rate = method_of(config, per_epoch), schedule(config, per_epoch)
     tx, key = optimizer(config, rate), jax.random.key(config.seed)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dst.layers import Conv
+from dst.layers.conv import PIXEL
 from dst.layers.convolution import convolve
 from dst.training import log
 
@@ -29,7 +30,8 @@ SHAPES = ((16, 32), (32, 16), (64, 8), (128, 4), (128, 2))
 
 def variants(channels: int, pixels: int) -> dict:
     """{name: call} of one layer."""
-    layer = Conv("conv", (3, 3, channels, channels), padding=((1, 1), (1, 1)))
+    window = PIXEL._replace(padding=((1, 1), (1, 1)))
+    layer = Conv("conv", (3, 3, channels, channels), window=window)
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (128, pixels, pixels, channels))
     w = jax.random.normal(keys[1], layer.shape)
