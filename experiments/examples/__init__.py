@@ -1,0 +1,1 @@
+"""Networks of one's own with `dst`, each a page: `python -m experiments.examples.NAME --help`."""
