@@ -49,9 +49,8 @@ class GPT(nn.Module):
     def __call__(self, text):
         small = nn.initializers.normal(0.02)
         embed = nn.Embed(BYTES, self.dim, embedding_init=small, name="bytes")
-        x = embed(text) + nn.Embed(
-            text.shape[-1], self.dim, embedding_init=small, name="positions"
-        )(jnp.arange(text.shape[-1]))
+        places = nn.Embed(text.shape[-1], self.dim, embedding_init=small, name="positions")
+        x = embed(text) + places(jnp.arange(text.shape[-1])[None])
         for n in range(self.blocks):
             x = Block(name=f"block{n}")(x)
         return embed.attend(nn.LayerNorm(use_bias=False)(x))
@@ -70,9 +69,8 @@ def weights(dim: int, blocks: int, length: int) -> int:
 
 
 def as_large(count: int, blocks: int, length: int) -> int:
-    """The units of the largest dense model of at most `count` weights."""
-    fitting = (n for n in range(HEADS, 10**4, HEADS) if weights(n, blocks, length) <= count)
-    return max(fitting, default=HEADS)
+    """The units of the dense model whose number of weights is the closest to `count`."""
+    return min(range(HEADS, 4096, HEADS), key=lambda n: abs(weights(n, blocks, length) - count))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
