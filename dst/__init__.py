@@ -2,6 +2,7 @@
 
 from dst.connections.carry import carry
 from dst.errors import ConfigError
+from dst.loss import weighted_mean
 from dst.methods import lottery
 from dst.methods.base import Method
 from dst.methods.plan import due
@@ -31,5 +32,6 @@ __all__ = [
     "predictor",
     "prune_at_init",
     "sparsity_of",
+    "weighted_mean",
 ]
 __version__ = "0.1.0"

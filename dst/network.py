@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from dst.arguments import check_network
+from dst.axis import across_devices
 from dst.errors import ConfigError, quoted
 from dst.layers import BUILT_IN, Layer, kind_of
 from dst.layers.base import modules
@@ -93,6 +95,7 @@ def network(
     Raises: ConfigError for a chosen layer that is not covered, for anything under nn.jit. A kernel
     of another kind stays dense, which is logged.
     """
+    check_network(model, args, sparse, execution, fuse)
     shapes = jax.eval_shape(lambda *a: a, *args)
     found, variables = _discover(model, shapes, kwargs, sparse)
     params = traverse_util.flatten_dict(variables.get("params", {}), sep="/")
@@ -180,7 +183,8 @@ def _refuse(path: str, why: str) -> NoReturn:
 
 def _abstract_init(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     init = lambda *a: model.init(jax.random.key(0), *a, **kwargs)  # noqa: E731
-    return nn.meta.unbox(flax.core.unfreeze(jax.eval_shape(init, *args)))
+    with nn.intercept_methods(across_devices):
+        return nn.meta.unbox(flax.core.unfreeze(jax.eval_shape(init, *args)))
 
 
 def _sown(net: Network, variables: Mapping[str, Any]) -> frozenset[Path]:
@@ -214,7 +218,7 @@ def _sown(net: Network, variables: Mapping[str, Any]) -> frozenset[Path]:
     # Who misses a kernel now reads it elsewhere, as no sparse layer runs here; unless it is the
     # model's own error.
     try:
-        _, again = run(rest)
+        again = run(rest)
     except ConfigError:
         raise
     except Exception as error:
@@ -228,11 +232,14 @@ def _sown(net: Network, variables: Mapping[str, Any]) -> frozenset[Path]:
 
 
 def _abstract_apply(net: Network, variables: Mapping[str, Any], mutable: Any) -> Any:
-    """The shapes of what the model gives for its example inputs."""
+    """The shapes of the variables that the model writes for its example inputs."""
 
     def run(variables, *args):
         rngs = {name: jax.random.key(0) for name in ("dropout", "params")}
-        return net.model.apply(variables, *args, **net.kwargs, rngs=rngs, mutable=mutable)
+        with nn.intercept_methods(across_devices):
+            # Its outputs may be of any kind, no pytree even.
+            options = {**net.kwargs, "rngs": rngs, "mutable": mutable}
+            return net.model.apply(variables, *args, **options)[1]
 
     return jax.eval_shape(run, variables, *net.args)
 
