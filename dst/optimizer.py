@@ -23,19 +23,17 @@ def check_optimizer(tx: Any) -> None:
 
 
 def check_steps(tx: optax.GradientTransformation, params: Any) -> None:
-    """That the optimizer can take a step with what a step gives it: see `extended`.
+    """Raises: an optimizer that must be given more than a step gives it, such as value_fn.
 
-    As shapes. Raises: one that wants more, such as value_fn, or that fails on the parameters.
+    Asked with shapes. What else it raises is its own, and raised where it meets all parameters.
     """
-    given = jax.eval_shape(lambda: params)
+    step = lambda p, v: extended(tx).update(p, tx.init(p), p, value=v, grad=p)  # noqa: E731
     value = jax.ShapeDtypeStruct((), jnp.float32)
     try:
-        jax.eval_shape(
-            lambda p, v: extended(tx).update(p, tx.init(p), p, value=v, grad=p), given, value
-        )
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever an optimizer makes of it
+        jax.eval_shape(step, jax.eval_shape(lambda: params), value)
+    except Exception as error:
+        if not isinstance(error, TypeError) or "required keyword-only" not in str(error):
+            return
         raise ConfigError(
             f"the optimizer fails with {quoted(error)}; a step gives it the gradient, its state, "
             "the parameters and, if it asks, value= (the loss) and grad=, but no function to call."

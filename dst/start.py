@@ -56,10 +56,10 @@ def init_state(
     variables = init_rest(net, model_key)
     params = variables.pop("params")
     execution = EXECUTIONS[net.execution]
+    check_steps(tx, params)
     execution.refuse(net, tx, params)
     A, values = execution.connect(net, counts, layers())
     params = A.put(params, values)
-    check_steps(tx, params)
     recognise(jax.eval_shape(tx.init, params), params, values)
     memory_key = jax.random.fold_in(weight_key, len(net.layers))
     own = first_memory(memories(method), method, A, values, memory_key)

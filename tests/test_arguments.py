@@ -124,6 +124,7 @@ MISTAKES = {
         r"^state is of another network: layer 'Dense_0' is \(7, 5\) in it, and \(9, 5\) in net\.$",
     ),
     "execution of a state": (move(net=SPARSE), r"^state is of another network, not one of exec"),
+    "value_fn, sparse": (begin(SPARSE, optax.lbfgs()), r"^the optimizer fails with .*'value_fn'"),
     "value_fn": (begin(tx=optax.lbfgs()), r"^the optimizer fails with .*'value_fn'.* no func"),
     "weights": (lambda: dst.weighted_mean(X, X[:, :1]), r"^weights must be .*\(8, 6\), not \(8, 1"),
 }  # fmt: skip

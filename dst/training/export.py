@@ -18,6 +18,7 @@ from flax import traverse_util
 from scipy.sparse import coo_array, csr_array
 
 from dst.arguments import check_is, check_model, described
+from dst.axis import across_devices
 from dst.connections.base import Connections
 from dst.connections.execution import EXECUTIONS, forward, init_rest
 from dst.errors import ConfigError, check_value, one_of
@@ -159,17 +160,17 @@ def _with(state: SparseState, params: Any) -> SparseState:
 def _with_model(net: Network, model: Any, kwargs: Mapping[str, Any]) -> Network:
     """The network of another model. Raises: one whose parameters are not those of its own."""
     check_model(model)
-    shapes = []
-    for each in (net, net._replace(model=model, kwargs={**net.kwargs, **_of_model(kwargs)})):
-        rest = jax.eval_shape(functools.partial(init_rest, each), jax.random.key(0))
-        shapes.append(traverse_util.flatten_dict({"params": rest["params"]}, sep="/"))
-    _refuse_another_network("model", shapes[1], shapes[0])
+    own = {name: value for name, value in kwargs.items() if name not in ("rngs", "mutable")}
+
+    def shapes(model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        init = lambda *args: model.init(jax.random.key(0), *args, **options)  # noqa: E731
+        with nn.intercept_methods(across_devices):
+            params = nn.meta.unbox(jax.eval_shape(init, *net.args))["params"]
+        return traverse_util.flatten_dict({"params": params}, sep="/")
+
+    ours = shapes(net.model, net.kwargs)
+    _refuse_another_network("model", shapes(model, {**net.kwargs, **own}), ours)
     return net._replace(model=model)
-
-
-def _of_model(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that `init` hands on to the model, without those of Flax's apply."""
-    return {name: value for name, value in kwargs.items() if name not in ("rngs", "mutable")}
 
 
 def _kernels(state: SparseState) -> Iterator[tuple[str, Kernel]]:
