@@ -3,6 +3,7 @@
 from dst.connections.carry import carry
 from dst.discovery import network
 from dst.errors import ConfigError
+from dst.loss import weighted_mean
 from dst.methods import lottery
 from dst.methods.base import Method
 from dst.methods.plan import due
@@ -32,5 +33,6 @@ __all__ = [
     "predictor",
     "prune_at_init",
     "sparsity_of",
+    "weighted_mean",
 ]
 __version__ = "0.1.0"

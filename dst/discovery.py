@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from dst.arguments import check_network, described
+from dst.axis import across_devices
 from dst.errors import ConfigError, quoted
 from dst.layers import BUILT_IN, Layer, kind_of
 from dst.layers.base import modules
@@ -88,6 +90,7 @@ def network(
     path, names which are, and a layer that it names is refused if it cannot be.
     Raises: ConfigError for such a layer, a glob that matches none, anything under nn.jit.
     """
+    check_network(model, args, execution, fuse)
     shapes = jax.eval_shape(lambda *a: a, *args)
     choice = Choice(sparse if callable(sparse) or sparse is None else _globs(sparse), _globs(dense))
     found, variables = _discover(model, shapes, kwargs, choice)
@@ -115,10 +118,11 @@ NOT_CHOSEN = "not chosen"
 
 
 def _globs(given: Globs) -> tuple[str, ...]:
-    globs = (given,) if isinstance(given, str) else tuple(given)
-    if not all(isinstance(glob, str) for glob in globs):
-        raise ConfigError(f"globs of layers must be strings such as 'encoder/*', not {given!r}.")
-    return globs
+    several = isinstance(given, Sequence) and all(isinstance(glob, str) for glob in given)
+    if not several:
+        found = repr(given) if isinstance(given, Sequence) else described(given)
+        raise ConfigError(f"globs of layers must be strings such as 'encoder/*', not {found}.")
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _without(net: Network, path: str, why: str) -> Network:
@@ -219,7 +223,8 @@ def _described(
 
 def _abstract_init(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     init = lambda *a: model.init(jax.random.key(0), *a, **kwargs)  # noqa: E731
-    return nn.meta.unbox(flax.core.unfreeze(jax.eval_shape(init, *args)))
+    with nn.intercept_methods(across_devices):
+        return nn.meta.unbox(flax.core.unfreeze(jax.eval_shape(init, *args)))
 
 
 def _sown(net: Network, variables: Mapping[str, Any]) -> frozenset[Path]:
@@ -231,7 +236,7 @@ def _sown(net: Network, variables: Mapping[str, Any]) -> frozenset[Path]:
     # Who misses a kernel now reads it elsewhere, as no sparse layer runs here; unless it is the
     # model's own error.
     try:
-        _, again = run(rest)
+        again = run(rest)
     except (ConfigError, Unfit):
         raise
     except Exception as error:
@@ -290,10 +295,13 @@ def _read_elsewhere(net: Network, variables: Mapping[str, Any]) -> str:
 
 
 def _abstract_apply(net: Network, variables: Mapping[str, Any], mutable: Any) -> Any:
-    """The shapes of what the model gives for its example inputs."""
+    """The shapes of the variables that the model writes for its example inputs."""
 
     def run(variables, *args):
         rngs = {name: jax.random.key(0) for name in ("dropout", "params")}
-        return net.model.apply(variables, *args, **net.kwargs, rngs=rngs, mutable=mutable)
+        with nn.intercept_methods(across_devices):
+            # Its outputs may be of any kind, no pytree even.
+            options = {**net.kwargs, "rngs": rngs, "mutable": mutable}
+            return net.model.apply(variables, *args, **options)[1]
 
     return jax.eval_shape(run, variables, *net.args)

@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from dst.arguments import check_devices, check_is, takes_key
 from dst.connections.base import Candidates, Moves, lowest, row_salts
 from dst.connections.hashing import hashed
 from dst.connections.masks import reset
 from dst.connections.moments import recognise
 from dst.errors import ConfigError
+from dst.loss import Loss
 from dst.methods.base import Method
 from dst.methods.candidates import Sample, room
 from dst.methods.combinations import check, check_execution
@@ -35,14 +37,18 @@ from dst.methods.memory import after_rewire, memory_report, refuse_waiting
 from dst.methods.plan import plan
 from dst.methods.share import SHARES, shared_out
 from dst.network import Network
-from dst.state import SparseState, active_counts
-from dst.update import TIE_STREAM, Loss, all_finite, parallel, placer, split_batch, stream
+from dst.optimizer import check_optimizer
+from dst.state import TIE_STREAM, SparseState, active_counts, stream
+from dst.update import all_finite, parallel, placer, refuse_another, split_batch
 
 Array = jax.Array
 
 
 def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, loss: Loss):
     """One rewire on one device's share of the batch: (state, batch, f x g) -> (state, report)."""
+    check_is("net", net, Network, "dst.network(model, x)")
+    check_is("method", method, Method, "dst.method(name, sparsity=...)")
+    takes_key(loss)
     if not method.moves:
         raise ConfigError(f"method is {method.name!r}, whose connections never move.")
     check(method)
@@ -53,6 +59,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
     sample = GROWTHS[method.score].source(net, method, planned, loss)
 
     def body(state: SparseState, batch: Any, fg: Any):
+        refuse_another(net, tx, state)
         refuse_waiting(state.method)
         event = planned.event(state.step)
         target, G_t = (jnp.asarray(n)[event] for n in (planned.active, planned.grown))
@@ -141,12 +148,15 @@ def make_rewire(
 
     With `donate` the new state takes the memory of the old one, which is then gone.
     """
+    check_optimizer(tx)
+    check_devices(devices)
     body = rewire_body(net, tx, method, loss)
     step = parallel(body, (None, 0, None), devices, (0,) if donate else ())
     measure = on_host(net, method)
     place = placer(devices)
 
     def rewire(state: SparseState, batch: Any):
+        check_is("state", state, SparseState, "dst.init_state(net, tx, method, key)")
         state = place(state)
         return step(state, split_batch(batch, devices), measure(state))
 

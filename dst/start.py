@@ -10,18 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dst.arguments import check_devices, check_is, check_key, takes_key
 from dst.connections.execution import EXECUTIONS, init_rest
 from dst.connections.initial import fan_in_weights, random_positions
 from dst.connections.moments import recognise
 from dst.errors import ConfigError
+from dst.loss import Loss
 from dst.methods.base import Method
 from dst.methods.before import BEFORE, Given, Show
 from dst.methods.combinations import check, check_execution, memories
 from dst.methods.distributions import count_of, first_counts
 from dst.methods.memory import begun, first_memory
 from dst.network import Network
+from dst.optimizer import check_optimizer, check_steps
 from dst.state import SparseState, fresh_progress
-from dst.update import Loss
 
 Array = jax.Array
 
@@ -37,6 +39,8 @@ def init_state(
     ticket. Raises: an optimizer whose state `dst` cannot keep sparse, a method that cannot run in
     the network's execution, a sparsity that leaves no connection.
     """
+    _check_parts(net, tx, method)
+    check_key(key)
     check(method)
     check_execution(method, net.execution)
     count_of(net, method.sparsity)
@@ -52,6 +56,7 @@ def init_state(
     variables = init_rest(net, model_key)
     params = variables.pop("params")
     execution = EXECUTIONS[net.execution]
+    check_steps(tx, params)
     execution.refuse(net, tx, params)
     A, values = execution.connect(net, counts, layers())
     params = A.put(params, values)
@@ -89,6 +94,10 @@ def prune_at_init(
     Raises: sparse execution, no batches, scores that are not finite, no flow for SynFlow, a
     sparsity that leaves no connection.
     """
+    _check_parts(net, tx, method)
+    takes_key(loss)
+    check_is("state", state, SparseState, "dst.init_state(net, tx, method, key)")
+    check_devices(devices)
     K = count_of(net, method.sparsity)
     if method.before not in BEFORE:
         raise ConfigError(
@@ -104,6 +113,13 @@ def prune_at_init(
         )
     masks = BEFORE[method.before].prune(net, method, loss, state, Given(K, batches, devices, show))
     return start_with(tx, state, masks)
+
+
+def _check_parts(net: Any, tx: Any, method: Any) -> None:
+    """Raises ConfigError: an argument of another kind."""
+    check_is("net", net, Network, "dst.network(model, x)")
+    check_optimizer(tx)
+    check_is("method", method, Method, "dst.method(name, sparsity=...)")
 
 
 def start_with(tx: optax.GradientTransformation, state: SparseState, masks: Any) -> SparseState:

@@ -46,6 +46,17 @@ def fresh_progress() -> Progress:
     return Progress(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(3e38), jnp.int32(0))
 
 
+# Every use of randomness in a step folds its own constant into fold_in(key, step).
+DROPOUT_STREAM, REWIRE_STREAM, BATCH_STREAM = 0, 1, 2
+TIE_STREAM, CHANCE_STREAM = 5, 6  # hashes of connections; 3 and 4 are GraEst's and experiments'
+MODEL_STREAM, LOSS_STREAM = 7, 8  # beside dropout, the model's other streams; the loss's own key
+
+
+def stream(state: SparseState, purpose: int) -> Array:
+    """The step's random key for one purpose: fold_in(fold_in(key, step), purpose)."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), purpose)
+
+
 def active_counts(connections: Connections) -> dict[str, Array]:
     """Connections of each layer: int32 scalars."""
     paths = [part.layer.path for part in connections.parts]

@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct, traverse_util
-from flax.core.scope import in_filter, subtract_filters, union_filters
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dst import hosts
-from dst.connections.arena import VALUES
-from dst.connections.execution import forward
+from dst.arguments import check_devices, check_is, described, form, is_key, takes_key
+from dst.axis import AXIS
+from dst.connections.execution import EXECUTIONS
 from dst.connections.moments import recognise
 from dst.errors import ConfigError
+from dst.loss import Loss, run_loss
 from dst.methods.memory import after_step, refuse_waiting
 from dst.network import Network
-from dst.sown import entries
+from dst.optimizer import check_optimizer, extended
 from dst.state import SparseState
 
 Array = jax.Array
-AXIS = "devices"
-
-# loss(apply, batch) -> (mean loss, {metric: mean}), of a device's rows of the batch; apply(*inputs)
-# runs the model in train mode. What the devices give is averaged, all alike: for plain means over
-# rows that is the mean over the batch. A loss that divides by a sum of its own (weights, a mask)
-# would give the mean of the devices' ratios: let it divide by that sum's mean over the devices,
-# jax.lax.pmean(weights.sum(), AXIS). Metrics are means too: of a count, that of a device.
-# As in Flax, apply(*inputs, mutable=["losses"]) is (outputs, {"losses": what the model sowed}).
-Loss = Callable[[Callable[..., Any], Any], tuple[Array, Mapping[str, Array]]]
-
-# Every use of randomness in a step folds its own constant into fold_in(key, step).
-DROPOUT_STREAM, REWIRE_STREAM, BATCH_STREAM = 0, 1, 2
-TIE_STREAM, CHANCE_STREAM = 5, 6  # hashes of connections; 3 and 4 are GraEst's and experiments'
-
-
-def stream(state: SparseState, purpose: int) -> Array:
-    """The step's random key for one purpose: fold_in(fold_in(key, step), purpose)."""
-    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), purpose)
 
 
 def parallel(f: Callable, in_axes: Any, devices: list | None = None, donate: tuple[int, ...] = ()):
@@ -90,13 +71,17 @@ def placer(devices: list | None = None) -> Callable[[Any], Any]:
 
 
 def split_batch(batch: Any, devices: list | None = None) -> Any:
-    """Leaves (B, ...) -> this process's rows of (D, B / D, ...). Raises: D does not divide B."""
+    """Leaves (B, ...) -> this process's rows of (D, B / D, ...).
+
+    Raises: D does not divide B, something without rows.
+    """
     devices = devices or hosts.devices()
     count, own = len(devices), hosts.local_indices(devices)
 
     def split(leaf):
-        if not jnp.ndim(leaf):
-            raise ConfigError(f"batch must hold arrays (B, ...), not {leaf!r}.")
+        if not hasattr(leaf, "shape") or not len(leaf.shape) or not leaf.shape[0]:
+            key = "; a loss(apply, batch, key) is given a key" if is_key(leaf) else ""
+            raise ConfigError(f"batch must hold arrays (B, ...), not {described(leaf)}{key}.")
         if leaf.shape[0] % count:
             raise ConfigError(
                 f"batch_size is {leaf.shape[0]}; allowed are multiples of the {count} devices."
@@ -104,69 +89,9 @@ def split_batch(batch: Any, devices: list | None = None) -> Any:
         rows = jnp.reshape(leaf, (count, leaf.shape[0] // count, *leaf.shape[1:]))
         return rows if len(own) == count else rows[own]
 
+    if not jax.tree.leaves(batch):
+        raise ConfigError(f"batch must hold arrays (B, ...), not {batch!r}.")
     return jax.tree.map(split, batch)
-
-
-class _Run(struct.PyTreeNode):
-    loss: Array
-    metrics: Mapping[str, Array]
-    collections: Any
-
-
-def run_loss(
-    net: Network,
-    loss: Loss,
-    params: Any,
-    state: SparseState,
-    batch: Any,
-    extra: Mapping[str, Any] | None = None,
-) -> tuple[Array, _Run]:
-    """The loss on one batch, in train mode; `state` stays, new statistics come back."""
-    updated = dict(state.batch_stats)
-    key = jax.random.fold_in(stream(state, DROPOUT_STREAM), jax.lax.axis_index(AXIS))
-    calls = itertools.count()  # a loss may run the model several times, each with its own dropout
-    ours = ["params", VALUES, *(extra or {})]
-
-    def apply(*args, mutable: Any = False, rngs: Any = None, **kwargs):
-        own = {"dropout": jax.random.fold_in(key, next(calls))}
-        rngs = rngs if rngs is None or isinstance(rngs, Mapping) else {"params": rngs}
-        written = subtract_filters(union_filters(mutable, list(state.batch_stats)), ours)
-        outputs, new = forward(
-            net,
-            params,
-            state.masks,
-            {**updated, **(extra or {})},
-            *args,
-            frozen=extra is not None,  # probes are asked for, not parameters
-            rngs={**own, **(rngs or {})},
-            mutable=written,
-            **kwargs,
-        )
-        updated.update(_statistics(net, state, new))
-        if mutable is False:
-            return outputs
-        return outputs, {name: c for name, c in new.items() if in_filter(mutable, name)}
-
-    value, metrics = loss(apply, batch)
-    value = value.astype(jnp.float32)
-    metrics = jax.tree.map(inexact, metrics)
-    return value, _Run(value, metrics, updated)
-
-
-def _statistics(net: Network, state: SparseState, new: Mapping[str, Any]) -> dict[str, Any]:
-    """The state's collections as a call leaves them, without what it sowed.
-
-    Raises: a variable that the state does not have, whose shape would then change.
-    """
-    kept = entries({name: c for name, c in new.items() if name in state.batch_stats})
-    kept = {path: leaf for path, leaf in kept.items() if path not in net.sown}
-    if more := kept.keys() - entries(state.batch_stats).keys():
-        raise ConfigError(
-            f"the loss makes the model add {'/'.join(min(more))!r} to its variables; give "
-            "dst.network the arguments with which it makes them all, and sow into a collection "
-            "that has no variables."
-        )
-    return traverse_util.unflatten_dict(kept)
 
 
 def average(leaf: Array) -> Array:
@@ -185,22 +110,51 @@ def average(leaf: Array) -> Array:
     return jax.lax.pmean(leaf, AXIS) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
 
 
-def inexact(metric: Any) -> Array:
-    """A metric as a float, for its mean over devices to be one: counts and bools as float32."""
-    metric = jnp.asarray(metric)
-    floats = jnp.issubdtype(metric.dtype, jnp.inexact)
-    return metric if floats else metric.astype(jnp.float32)
-
-
 def all_finite(tree: Any) -> Array:
     """Whether every float of the tree is finite: bool scalar."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
+def refuse_other_layers(net: Network, state: SparseState) -> None:
+    """Raises: a state whose sparse layers are not those of the network."""
+    theirs = {part.layer.path: part.layer.shape for part in state.masks.parts}
+    ours = {path: layer.shape for path, layer in net.layers.items()}
+    for path in {**ours, **theirs}:
+        was, now = (shapes.get(path, "missing") for shapes in (theirs, ours))
+        if was != now:
+            raise ConfigError(
+                f"state is of another network: layer {path!r} is {was} in it, and {now} in net."
+            )
+
+
+def refuse_another(net: Network, tx: optax.GradientTransformation, state: SparseState) -> None:
+    """Raises: a state of another network or optimizer. Asked while a step is traced."""
+    if not isinstance(state.masks, EXECUTIONS[net.execution].kind):
+        raise ConfigError(f"state is of another network, not one of execution {net.execution!r}.")
+    refuse_other_layers(net, state)
+    fresh = jax.eval_shape(tx.init, state.params)
+    structure: Any = jax.tree.structure
+    same = structure(fresh) == structure(state.opt_state)
+    if not same or not jax.tree.all(jax.tree.map(_same_shape, fresh, state.opt_state)):
+        raise ConfigError(
+            "tx must be the optimizer that init_state was given; the state of this one is "
+            f"{form(fresh)}, and state.opt_state is {form(state.opt_state)}."
+        )
+
+
+def _same_shape(one: Any, other: Any) -> bool:
+    return one.shape == other.shape
+
+
 def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> Callable:
     """One step on one device's share of the batch: (state, batch) -> (state, metrics)."""
+    check_is("net", net, Network, "dst.network(model, x)")
+    check_optimizer(tx)
+    takes_key(loss)
+    step = extended(tx).update
 
     def body(state: SparseState, batch: Any) -> tuple[SparseState, dict[str, Array]]:
+        refuse_another(net, tx, state)
         refuse_waiting(state.method)
         A = state.masks
         owners = recognise(state.opt_state, state.params, A.kernels(state.params))
@@ -210,7 +164,8 @@ def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> C
         finite = all_finite((run.loss, gradients))
         own = after_step(state.method, A.kernels(gradients))
         gradients = A.only_existing(gradients)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        more = {"value": run.loss, "grad": gradients}  # for those that ask
+        updates, opt_state = step(gradients, state.opt_state, state.params, **more)
         params = A.only_existing(optax.apply_updates(state.params, updates))
         opt_state = A.reset_missing(opt_state, tx.init(params), owners)
         seen = state.progress
@@ -244,14 +199,17 @@ def make_update(
 
     `batch` is any pytree of arrays (B, ...), split over the devices; B must be divisible by them.
     Loss and metrics are means over the devices, each of its own rows: see `Loss` for one that
-    divides by weights.
+    divides by weights. An optimizer that asks for value= is given the loss, and grad= its gradient.
+    Raises ConfigError: a state of another network or optimizer, a loss that is not as `Loss` says.
     With `donate` the new state takes the memory of the old one, which is then gone.
     Weights, gradients and moments of inactive connections are exactly 0 before and after.
     """
+    check_devices(devices)
     step = parallel(update_body(net, tx, loss), (None, 0), devices, (0,) if donate else ())
     place = placer(devices)
 
     def update(state: SparseState, batch: Any):
+        check_is("state", state, SparseState, "dst.init_state(net, tx, method, key)")
         return step(place(state), split_batch(batch, devices))
 
     return update

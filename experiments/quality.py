@@ -40,11 +40,11 @@ from dst.methods.grow import by_dense_gradient
 from dst.methods.heuristics import HEURISTICS, marginals_of
 from dst.methods.plan import due, plan
 from dst.methods.subset import drawing
-from dst.state import SparseState
+from dst.state import SparseState, stream
 from dst.training import checkpoint, figures, log
 from dst.training.steps import Resident, classification, make_fetch, residents
 from dst.training.train import Built, build
-from dst.update import parallel, stream
+from dst.update import parallel
 from experiments.recall import ByLayer, Marginals, caught, correlations, largest_gradients, mean
 from experiments.runs import logged
 from experiments.subset_size import HEURISTICS as NAMES

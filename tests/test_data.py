@@ -16,7 +16,7 @@ import dst
 from dst.data import load
 from dst.data import pipeline as data
 from dst.errors import ConfigError
-from dst.update import stream
+from dst.state import stream
 from tests import tiny
 
 CIFAR10_ORDER = ("flip", "crop")

@@ -15,11 +15,13 @@ FILES = sorted(p for p in DST.rglob("*.py") if "native" not in p.parts)
 # What may import what: only what stands in a row above, or in the same room.
 ORDER = [
     {"errors", "sown"},
-    {"vocabulary", "hosts"},
+    {"vocabulary", "hosts", "arguments", "axis"},
+    {"optimizer"},
     {"layers"},
     {"network", "data", "models"},
     {"connections", "discovery"},
     {"state", "observe"},
+    {"loss"},
     {"update"},
     {"methods"},
     {"start", "rewire", "config"},

@@ -18,10 +18,11 @@ from flax import traverse_util
 from flax.core import tracers
 from flax.linen.dtypes import promote_dtype
 
+from dst.axis import across_devices
 from dst.connections.arena import SPARSE, VALUES, Arena
 from dst.connections.backends.dispatch import compiled, covered, tier
 from dst.connections.base import Connections, Execution, Part
-from dst.connections.fusion import fused, plainly, region
+from dst.connections.fusion import Opaque, fused, plainly, region
 from dst.connections.masks import MASKED
 from dst.connections.normalization import batch_norm, fits
 from dst.connections.products import (
@@ -64,13 +65,16 @@ def forward(
         if isinstance(connections, Arena):
             interceptor = sparse_layers(connections, params[VALUES]["kernel"], frozen, mark)
         variables = variables_of(params, connections, collections)
-        with nn.intercept_methods(interceptor):
+        with nn.intercept_methods(across_devices), nn.intercept_methods(interceptor):
             return net.model.apply(variables, *args, **kwargs)
 
     given = params, connections, collections, args, kwargs
     if not fusible(net, params, connections):
         return run(plainly, *given)
-    found, count = fused(functools.partial(run, region), *given)
+    try:
+        found, count = fused(functools.partial(run, region), *given)
+    except Opaque:
+        return run(plainly, *given)
     seen(count)
     return found
 
@@ -245,7 +249,8 @@ def fused_convolutions(net: Network, params, connections, collections, **kwargs)
     fused: list[int] = []
 
     def run(params, connections, collections, *args):
-        own = {"rngs": {"dropout": jax.random.key(0)}, "mutable": list(collections)}
+        rngs = {name: jax.random.key(0) for name in ("dropout", "params")}
+        own = {"rngs": rngs, "mutable": list(collections)}
         options: dict[str, Any] = {**net.kwargs, **kwargs, **own}
         return forward(net, params, connections, collections, *args, seen=fused.append, **options)
 
@@ -268,7 +273,7 @@ def expanded_layers(net: Network) -> dict[str, bool]:
             expanded[layer.path] = not covered(layer, jax.ShapeDtypeStruct((), jnp.float32), x)
         return y
 
-    with nn.intercept_methods(record):
+    with nn.intercept_methods(across_devices), nn.intercept_methods(record):
         jax.eval_shape(lambda *a: net.model.init(jax.random.key(0), *a, **net.kwargs), *net.args)
     return expanded
 
@@ -288,7 +293,7 @@ def init_rest(net: Network, key: Array) -> dict[str, Any]:
     @jax.jit
     def init(key):
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), net.args)
-        with nn.intercept_methods(without_kernels):
+        with nn.intercept_methods(across_devices), nn.intercept_methods(without_kernels):
             variables = flax.core.unfreeze(net.model.init(key, *zeros, **net.kwargs))
         kernels = frozenset(("params", *path.split("/"), "kernel") for path in net.layers)
         return without(nn.meta.unbox(variables), net.sown | kernels)

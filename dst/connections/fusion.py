@@ -41,6 +41,11 @@ Array = jax.Array
 
 
 KNOWN: dict[str, tuple] = {}  # what each name of a region stands for
+PLAIN = (bool, int, float, complex, str, bytes, np.generic)
+
+
+class Opaque(Exception):
+    """A model returns an object that is no pytree, which may hold arrays that nobody sees."""
 
 
 def plainly(what: tuple, body: Callable, *args: Any) -> Any:
@@ -98,7 +103,10 @@ class Copies:
 
 
 def fused(call: Callable[..., Any], *args: Any) -> tuple[Any, int]:
-    """call(*args), a pytree, and how many convolutions were fused. `call` is traced once."""
+    """call(*args), a pytree, and how many convolutions were fused. `call` is traced once.
+
+    Raises: Opaque.
+    """
     leaves, tree = jax.tree.flatten(args)
     varying = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
     rest: list[Any] = []  # what call gives beside arrays
@@ -108,6 +116,8 @@ def fused(call: Callable[..., Any], *args: Any) -> tuple[Any, int]:
         all_args = [next(given) if v else leaf for v, leaf in zip(varying, leaves, strict=True)]
         found, out_tree = jax.tree.flatten(call(*jax.tree.unflatten(tree, all_args)))
         is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in found]
+        if not all(a or isinstance(leaf, PLAIN) for a, leaf in zip(is_array, found, strict=True)):
+            raise Opaque
         rest[:] = [out_tree, is_array, found]
         return [leaf for leaf, array in zip(found, is_array, strict=True) if array]
 

@@ -21,6 +21,7 @@ from flax import traverse_util
 
 from dst.errors import ConfigError, quoted
 from dst.layers.base import Layer
+from dst.optimizer import extended
 
 Array = jax.Array
 
@@ -96,7 +97,7 @@ def _same_steps(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> bool:
 
     Until the kernels have moved twice: gradients may be accumulated, a schedule may begin at 0.
     """
-    rng, update = np.random.default_rng(0), jax.jit(tx.update)
+    rng, update = np.random.default_rng(0), jax.jit(extended(tx).update)
 
     def nest(flat: dict[str, np.ndarray]) -> Any:
         flat = {path: leaf.astype(np.float32) for path, leaf in flat.items()}
@@ -110,7 +111,7 @@ def _same_steps(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> bool:
         return nest(other | kernels), nest(other | {"arena/kernel": vector})
 
     def step(weights: Any, gradient: Any, state: Any) -> tuple[tuple[Any, Any], Any]:
-        updates, state = update(gradient, state, weights)
+        updates, state = update(gradient, state, weights, value=np.float32(1), grad=gradient)
         flat = traverse_util.flatten_dict(updates, sep="/")
         own = [flat.pop(f"{p}/kernel").ravel() for p in layers if f"{p}/kernel" in flat]
         return (np.concatenate(own or [flat.pop("arena/kernel")]), flat), state
@@ -153,7 +154,8 @@ def _same_state(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> bool:
 def _step_kernels(tx, rest: dict[str, Any], layers: Mapping[str, Layer]) -> None:
     """One step on the kernels themselves, as shapes. Raises: the optimizer's own."""
     params = _parameters(rest, {path: layer.shape for path, layer in layers.items()})
-    jax.eval_shape(lambda w: tx.update(w, tx.init(w), w), params)
+    step = lambda w: extended(tx).update(w, tx.init(w), w, value=0.0, grad=w)  # noqa: E731
+    jax.eval_shape(step, params)
 
 
 def _parameters(rest: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Any:

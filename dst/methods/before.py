@@ -26,13 +26,15 @@ import numpy as np
 from jax import lax
 
 from dst import hosts
+from dst.axis import AXIS
 from dst.connections.masks import kernels_of, with_kernels
 from dst.errors import ConfigError
+from dst.loss import Loss, run_loss
 from dst.methods.base import Method
 from dst.methods.heuristics import NOTHING, check_flow, check_inputs, total_flow, without_dropout
 from dst.network import Network
 from dst.state import SparseState
-from dst.update import AXIS, Loss, parallel, replicate, run_loss, split_batch
+from dst.update import parallel, replicate, split_batch
 from dst.vocabulary import Names
 
 Array = jax.Array
@@ -223,7 +225,11 @@ def cooled(loss: Loss, temperature: float) -> Loss:
             return jax.tree.map(divide, outputs)
         return jax.tree.map(divide, outputs[0]), outputs[1]  # what the model sows stays as it is
 
-    return lambda apply, batch: loss(functools.partial(run, apply), batch)
+    @functools.wraps(loss)  # whose parameters say whether it asks for a key
+    def cool(apply: Callable, batch: Any, **key: Array):
+        return loss(functools.partial(run, apply), batch, **key)
+
+    return cool
 
 
 # ----------------------------------------------------------------------------------------- SynFlow

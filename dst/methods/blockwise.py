@@ -19,13 +19,14 @@ from jax import lax
 from dst.connections.base import NOWHERE, Candidates, Connections, Part, no_candidates
 from dst.connections.select import best
 from dst.layers.base import Layer
+from dst.loss import Loss, run_loss
 from dst.methods.base import Method
 from dst.methods.candidates import Sample, Source, most_at, room
 from dst.methods.plan import Plan
 from dst.network import Network
 from dst.observe import observe
 from dst.state import SparseState
-from dst.update import Loss, average, run_loss
+from dst.update import average
 
 Array = jax.Array
 Units = Mapping[str, tuple[Array, Array]]  # h and delta of every layer, from `observe`

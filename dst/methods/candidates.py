@@ -15,18 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dst.axis import AXIS
 from dst.connections.base import Candidates, no_candidates, row_of, row_salts
 from dst.connections.hashing import hashed
 from dst.connections.masks import join
 from dst.connections.select import best
+from dst.loss import Loss, run_loss
 from dst.methods.arrivals import Pairs
 from dst.methods.base import Method
 from dst.methods.drop import DROPS
 from dst.methods.plan import Plan, most_active
 from dst.methods.sample import fold_by_chance, sampling
 from dst.network import Network
-from dst.state import SparseState
-from dst.update import AXIS, CHANCE_STREAM, REWIRE_STREAM, Loss, all_finite, run_loss, stream
+from dst.state import CHANCE_STREAM, REWIRE_STREAM, SparseState, stream
+from dst.update import all_finite
 
 Array = jax.Array
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dst.loss import Loss
 from dst.methods.base import Method
 from dst.methods.blockwise import streamed
 from dst.methods.candidates import (
@@ -24,7 +25,6 @@ from dst.methods.plan import Plan
 from dst.methods.schedules import rounded_up
 from dst.methods.subset import on_subset
 from dst.network import Network
-from dst.update import Loss
 from dst.vocabulary import Names
 
 

@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dst.axis import AXIS
 from dst.connections.base import Connections
 from dst.connections.execution import arena_parts, linear, part_call, variables_of
 from dst.errors import ConfigError
 from dst.layers import BUILT_IN, Layer, kind_of
+from dst.loss import Loss, run_loss
 from dst.network import Network, input_of, layer_path
 from dst.observe import marginals, observe_and_sum
-from dst.state import SparseState
-from dst.update import AXIS, Loss, run_loss, stream
+from dst.state import SparseState, stream
 from dst.vocabulary import Names
 
 Array = jax.Array

@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dst.axis import AXIS
 from dst.connections.backends import cpp as kernels
 from dst.connections.backends.dispatch import compiled, on_cpu
 from dst.connections.base import Candidates, Connections, Part, no_candidates, table
 from dst.connections.select import best
 from dst.layers.base import Layer
+from dst.loss import Loss, run_loss
 from dst.methods.arrivals import Pairs
 from dst.methods.base import Method
 from dst.methods.candidates import Sample, Source, most_at, room
@@ -28,8 +30,8 @@ from dst.methods.plan import Plan, asked, plan
 from dst.methods.sample import Sampling, fold_subset, group_by_shape, hold_subset, sampling
 from dst.network import Network
 from dst.observe import gradient_on
-from dst.state import SparseState
-from dst.update import AXIS, REWIRE_STREAM, Loss, all_finite, run_loss, stream
+from dst.state import REWIRE_STREAM, SparseState, stream
+from dst.update import all_finite
 
 Array = jax.Array
 Layers = Mapping[str, Layer]

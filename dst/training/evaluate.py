@@ -12,12 +12,13 @@ import optax
 from ml_collections import ConfigDict
 
 from dst import hosts
+from dst.axis import AXIS
 from dst.connections.execution import forward
 from dst.data import Dataset
 from dst.data import pipeline as data
 from dst.network import Network
 from dst.state import SparseState
-from dst.update import AXIS, parallel, replicate
+from dst.update import parallel, replicate
 
 
 def make_evaluate(

@@ -13,14 +13,18 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 from scipy.sparse import coo_array, csr_array
 
+from dst.arguments import check_is, check_model, described
+from dst.axis import across_devices
 from dst.connections.base import Connections
 from dst.connections.execution import EXECUTIONS, forward, init_rest
 from dst.errors import ConfigError, check_value, one_of
 from dst.network import Network
 from dst.state import SparseState
+from dst.update import refuse_other_layers
 
 Entries = dict[str, np.ndarray]
 
@@ -41,7 +45,12 @@ class Kernel(NamedTuple):
 
 
 def export(
-    net: Network, state: SparseState, path: str | os.PathLike, *, dense: bool = False
+    net: Network,
+    state: SparseState,
+    path: str | os.PathLike,
+    *,
+    dense: bool = False,
+    params: Any = None,
 ) -> None:
     """Writes the model's variables to the .npz file `path`, whole or not at all.
 
@@ -57,9 +66,12 @@ def export(
 
     x @ scipy.sparse.csr_array((data, indices, indptr), shape=shape) is x W of a dense layer. Needs
     O(K) host memory. With `dense`, kernels are plain Flax arrays instead. What NumPy has no type
-    for, such as bfloat16, becomes float32. Raises: a folder that does not exist or cannot be
-    written, a state of another network.
+    for, such as bfloat16, becomes float32. `params` is written in place of state.params, as an
+    average of them is. Raises: a folder that does not exist or cannot be written, a state of
+    another network.
     """
+    check_is("net", net, Network, "dst.network(model, x)")
+    state = _with(state, params)
     path = Path(path)
     if not path.parent.is_dir():
         raise ConfigError(f"Cannot write {path}: the folder {path.parent} does not exist.")
@@ -87,26 +99,80 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     return traverse_util.unflatten_dict(entries, sep="/")
 
 
-def predictor(net: Network, source: SparseState | str | os.PathLike) -> Callable[..., Any]:
+def predictor(
+    net: Network,
+    source: SparseState | str | os.PathLike,
+    *,
+    params: Any = None,
+    model: nn.Module | None = None,
+    **kwargs: Any,
+) -> Callable[..., Any]:
     """`predict(*inputs)`: the outputs of a state, or of a file of `export` in net's execution.
 
-    The model is called with the keyword arguments of `dst.network`, such as train=False. In sparse
-    execution no `nn.Dense` kernel is formed, whatever execution wrote the file. What `state.params`
-    holds off the masks is left out, as `export` does. Raises: those of `load`, a file of another
-    network, a state whose parameters are not those of its connections.
+    The model is called with the keyword arguments of `dst.network`, such as train=False, and with
+    `kwargs`, of Flax's apply too. In sparse execution no `nn.Dense` kernel is formed, whatever
+    execution wrote the file. What `state.params` holds off the masks is left out, as `export` does.
+    `params` takes the place of state.params: an average of them, or what an optimizer evaluates,
+    as optax.contrib.schedule_free_eval_params. `model` takes the place of net.model: one with the
+    same parameters that is otherwise made for prediction, as Net(deterministic=True). Raises: those
+    of `load`, a file or state of another network, a model with other parameters, a state whose
+    parameters are not those of its connections, outputs that are no pytree of arrays.
     """
-
+    check_is("net", net, Network, "dst.network(model, x)")
     check_value("execution", net.execution, one_of(EXECUTIONS))
+    called = net if model is None else _with_model(net, model, kwargs)
+    options = {**net.kwargs, **kwargs}
 
     @jax.jit
     def run(network, *inputs):
-        return forward(net, *network, *inputs, **net.kwargs)
+        outputs = forward(called, *network, *inputs, **options)
+        for leaf in jax.tree.leaves(outputs):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
+                raise ConfigError(
+                    f"the model returns {described(leaf)}, which is no pytree of arrays; "
+                    "flax.struct.dataclass makes one of a class."
+                )
+        return outputs
 
     if isinstance(source, SparseState):
-        source.masks.refuse_values(source.params)
-        params = source.masks.only_existing(source.params)
-        return functools.partial(run, (params, source.masks, source.batch_stats))
+        state = _with(source, params)
+        refuse_other_layers(net, state)
+        state.masks.refuse_values(state.params)
+        existing = state.masks.only_existing(state.params)
+        return functools.partial(run, (existing, state.masks, state.batch_stats))
+    if params is not None or not isinstance(source, str | os.PathLike):
+        what = "with params=, a state" if params is not None else "a state, or a file of dst.export"
+        raise ConfigError(f"source must be {what}, not {described(source)}.")
     return functools.partial(run, _restore(net, source))
+
+
+def _with(state: SparseState, params: Any) -> SparseState:
+    """The state with these parameters, if there are any. Raises: others than its own in shape."""
+    check_is("state", state, SparseState, "dst.init_state(net, tx, method, key)")
+    if params is None:
+        return state
+    shapes = lambda tree: [(p, jnp.shape(a)) for p, a in jax.tree.leaves_with_path(tree)]  # noqa: E731
+    if shapes(params) != shapes(state.params):
+        raise ConfigError(
+            "params must hold arrays at the paths of state.params and in their shapes."
+        )
+    return state.replace(params=params)
+
+
+def _with_model(net: Network, model: Any, kwargs: Mapping[str, Any]) -> Network:
+    """The network of another model. Raises: one whose parameters are not those of its own."""
+    check_model(model)
+    own = {name: value for name, value in kwargs.items() if name not in ("rngs", "mutable")}
+
+    def shapes(model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+        init = lambda *args: model.init(jax.random.key(0), *args, **options)  # noqa: E731
+        with nn.intercept_methods(across_devices):
+            params = nn.meta.unbox(jax.eval_shape(init, *net.args))["params"]
+        return traverse_util.flatten_dict({"params": params}, sep="/")
+
+    ours = shapes(net.model, net.kwargs)
+    _refuse_another_network("model", shapes(model, {**net.kwargs, **own}), ours)
+    return net._replace(model=model)
 
 
 def _kernels(state: SparseState) -> Iterator[tuple[str, Kernel]]:

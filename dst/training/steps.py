@@ -18,8 +18,8 @@ from dst.methods.base import Method
 from dst.methods.schedules import learning_rate
 from dst.network import Network
 from dst.rewire import on_host, rewire_body
-from dst.state import SparseState
-from dst.update import BATCH_STREAM, parallel, replicate, stream, update_body
+from dst.state import BATCH_STREAM, SparseState, stream
+from dst.update import parallel, replicate, update_body
 
 Array = jax.Array
 
