@@ -28,7 +28,7 @@ from dst.errors import ConfigError
 from dst.methods.base import Method
 from dst.methods.candidates import Sample, room
 from dst.methods.combinations import check, check_execution
-from dst.methods.drop import DROPS, looked_at
+from dst.methods.drop import DROPS, dropping, looked_at
 from dst.methods.grow import GROWTHS
 from dst.methods.heuristics import HEURISTICS
 from dst.methods.memory import after_rewire, memory_report, refuse_waiting
@@ -49,7 +49,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
     check_execution(method, net.execution)
     planned = plan(net, method)
     drop_rule, most = DROPS[method.drop], room(net, method, planned)
-    may_drop = drop_rule.rule(net, method)
+    may_drop = dropping(net, method)
     sample = GROWTHS[method.score].source(net, method, planned, loss)
 
     def body(state: SparseState, batch: Any, fg: Any):

@@ -12,6 +12,9 @@ class Method(NamedTuple):
     sparsity: float  # s, of all possible connections
     initial: float | None = None  # sparsity at the first step; None: s from the first step on
     distribution: str = "uniform"  # of the sparsity over the layers at the start
+    # (glob on layers' paths, their own sparsity at the start, or None: all their connections, which
+    # never move); the first that matches counts, and `distribution` is of what is left
+    sparsity_of: tuple[tuple[str, float | None], ...] = ()
     gain: float = 1.0  # variance of a new network's weights x fan-in; 2 is He's
     before: str = ""  # a row of `BEFORE`, what prunes once, before the first step
     temperature: float = 200.0  # T of GraSP's logits / T

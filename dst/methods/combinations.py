@@ -164,6 +164,8 @@ def unread(method: Method) -> set[str]:
         "temperature": "temperature" in pruning,
         "iterations": "iterations" in pruning,
         "distribution": method.name != "dense" and method.initial != 0,
+        "sparsity_of": method.name not in ("dense", "lottery")
+        and method.first_sparsity == method.sparsity,
         "floor": bool(method.drop) and DROPS[method.drop].floors,
         "explored": method.moves,
         "growth_memory": growth.gradient == "all",

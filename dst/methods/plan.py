@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dst.methods.base import Method
-from dst.methods.distributions import active_count, first_counts
+from dst.methods.distributions import active_count, first_counts, held_layers
 from dst.methods.schedules import (
     cosine_drop_fraction,
     cubic_sparsity,
@@ -40,9 +40,13 @@ def plan(net: Network, method: Method) -> Plan:
     """|G_t| = floor(p_t |A_t|), |S_t| = ceil(c |G_t|) split over layers in proportion to |W_l|.
 
     |A_t| is K, or N - round(N s_t) on Zhu and Gupta's cubic ramp, K at `end` to the connection.
+    Layers that `sparsity_of` holds are not counted: nothing of them is dropped or sampled.
     """
     N, s = net.possible, method.sparsity
-    sizes = [layer.size for layer in net.layers.values()]
+    held = held_layers(net, method)
+    layers = list(net.layers.values())
+    sizes = [0 if l in held else layer.size for l, layer in enumerate(layers)]
+    still = sum(layers[l].size for l in held)
     steps = event_steps(method)
     first = method.first_sparsity
     density = [cubic_sparsity(t, method.end, first, s) if method.ramps else s for t in steps]
@@ -50,7 +54,9 @@ def plan(net: Network, method: Method) -> Plan:
     inactive = N - np.array([active_count(N, first), *active[:-1]])
     grown = np.zeros(len(steps), np.int64)
     if method.score:
-        wanted = [portion(p, A) for p, A in zip(drop_fractions(method), active, strict=True)]
+        wanted = [
+            portion(p, A - still) for p, A in zip(drop_fractions(method), active, strict=True)
+        ]
         grown = np.minimum(wanted, inactive)
     if method.subset_of == "active":
         K = most_active(net, method, active)
