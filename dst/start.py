@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,11 +15,12 @@ import optax
 from dst.connections.execution import EXECUTIONS, init_rest
 from dst.connections.initial import fan_in_weights, random_positions
 from dst.connections.moments import recognise
-from dst.errors import ConfigError
+from dst.errors import ConfigError, check_value
 from dst.methods.base import Method
 from dst.methods.before import BEFORE, Given, Show
 from dst.methods.combinations import check, check_execution, memories
 from dst.methods.distributions import count_of, first_counts
+from dst.methods.given import KEEP, given, kept
 from dst.methods.memory import begun, first_memory
 from dst.network import Network
 from dst.state import SparseState, fresh_progress
@@ -27,33 +30,53 @@ Array = jax.Array
 
 
 def init_state(
-    net: Network, tx: optax.GradientTransformation, method: Method, key: Array
+    net: Network,
+    tx: optax.GradientTransformation,
+    method: Method,
+    key: Array,
+    *,
+    params: Mapping[str, Any] | str | os.PathLike | None = None,
+    keep: str = "global",
 ) -> SparseState:
     """A network of exactly K random connections: G(n, M) masks, fan-in scaled weights (Sec. 4.1).
 
     Everything but the sparse kernels comes from the model's own initialisers, and the same key
     gives both executions the same network. A method that prunes before training begins with all
     connections, and the state says so: it does not train before `prune_at_init` or a Lottery
-    ticket. Raises: an optimizer whose state `dst` cannot keep sparse, a method that cannot run in
-    the network's execution, a sparsity that leaves no connection.
+    ticket.
+
+    With `params`, dense weights that one has, the K largest are the network: of all layers together
+    or, with keep="layer", as many of each as the method's distribution gives (layers named in
+    `sparsity_of` always have their own count). They are what `model.init` gives, {"params": ...,
+    "batch_stats": ...}, or of a model that has nothing else, what is in "params"; or a file of
+    `dst.export`, whose connections are taken as they are if it is sparse. In sparse execution
+    nothing is made beside what was given but the K that are kept.
+
+    Raises: an optimizer whose state `dst` cannot keep sparse, a method that cannot run in
+    the network's execution, a sparsity that leaves no connection, `params` that are not
+    this network's, a sparse file that does not have K connections.
     """
     check(method)
     check_execution(method, net.execution)
     count_of(net, method.sparsity)
+    check_value("keep", keep, KEEP)
+    if params is None and keep != "global":
+        raise ConfigError(f"keep must be 'global' without params, which it is about, not {keep!r}.")
     mask_key, weight_key, model_key, run_key = jax.random.split(key, 4)
-    counts = first_counts(net, method)
-
-    def layers():
-        for l, (layer, count) in enumerate(zip(net.layers.values(), counts.values(), strict=True)):
-            position = random_positions(jax.random.fold_in(mask_key, l), layer.size, count)
-            seed, output = jax.random.fold_in(weight_key, l), position % layer.n_out
-            yield position, fan_in_weights(seed, output, layer.n_out, method.gain)
-
-    variables = init_rest(net, model_key)
+    if params is None:
+        variables = init_rest(net, model_key)
+        counts = first_counts(net, method)
+        layers = random_layers(net, method, counts, mask_key, weight_key)
+    else:
+        rest = jax.eval_shape(functools.partial(init_rest, net), model_key)
+        source = given(net, params, rest)
+        variables, positions = source.variables, kept(net, method, source, keep, mask_key)
+        counts = {path: position.size for path, position in positions.items()}
+        layers = ((p, source.values(path, p)) for path, p in positions.items())
     params = variables.pop("params")
     execution = EXECUTIONS[net.execution]
     execution.refuse(net, tx, params)
-    A, values = execution.connect(net, counts, layers())
+    A, values = execution.connect(net, counts, layers)
     params = A.put(params, values)
     recognise(jax.eval_shape(tx.init, params), params, values)
     memory_key = jax.random.fold_in(weight_key, len(net.layers))
@@ -68,6 +91,16 @@ def init_state(
         method=own,
         progress=fresh_progress(),
     )
+
+
+def random_layers(
+    net: Network, method: Method, counts: Mapping[str, int], mask_key: Array, weight_key: Array
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each layer the flat positions int64 (M,) and weights float32 (M,) of a random network."""
+    for l, (path, layer) in enumerate(net.layers.items()):
+        position = random_positions(jax.random.fold_in(mask_key, l), layer.size, counts[path])
+        seed, output = jax.random.fold_in(weight_key, l), position % layer.n_out
+        yield position, fan_in_weights(seed, output, layer.n_out, method.gain)
 
 
 def prune_at_init(
