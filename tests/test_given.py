@@ -177,9 +177,13 @@ def test_a_sparse_file_gives_its_connections(execution, tmp_path):
     ):
         begin(file, execution, sparsity=0.9)
     with pytest.raises(
-        dst.ConfigError, match=r"connections in layer 'Conv_0', but sparsity_of gives"
+        dst.ConfigError, match=r"connections in layer 'Conv_0', but method 'set' beg"
     ):
         begin(file, execution, sparsity_of={"Conv_0": 0.9})
+    with pytest.raises(
+        dst.ConfigError, match="connections in layer 'Conv_0', but method 'set' beg"
+    ):
+        begin(file, execution, keep_counts=True)
     begin(dst.load(file), execution, sparsity=0.9)
 
 
@@ -247,6 +251,9 @@ def test_what_is_not_this_networks_is_told(what):
 def test_keep_is_about_params():
     with pytest.raises(dst.ConfigError, match="keep must be 'global' or 'layer', not 'all'"):
         begin(variables(), keep="all")
+    with pytest.raises(dst.ConfigError, match="keep must be 'layer' for a method with keep_counts"):
+        begin(variables(), keep_counts=True)
+    begin(variables(), keep_counts=True, keep="layer")
     with pytest.raises(dst.ConfigError, match="keep must be 'global' without params"):
         begin(None, keep="layer")
 

@@ -27,6 +27,7 @@ class Method(NamedTuple):
     drop_fraction: float = 0.2  # |P| / |A| at step 0; a cosine takes it to `last_fraction` at `end`
     last_fraction: float = 0.0
     floor: float = 0.0  # share of its first connections that a layer always keeps; 0: the paper's
+    keep_counts: bool = False  # drop and grow within each layer, the weakest and best of it
     every: int = 1000  # steps between two rewires
     end: int = 46_800  # the first step that is not rewired any more, or a ramp's last one
     subset_ratio: float = 10.0  # c = |S| / |P|, or |S_l| / |A_l|

@@ -126,6 +126,11 @@ def kept(net: Network, method: Method, source: Given, keep: str, key: jax.Array)
     if any(isinstance(kernel, Kernel) for kernel in source.kernels.values()):
         return _as_in_file(net, method, source, counts)
     weights = {path: np.asarray(kernel) for path, kernel in source.kernels.items()}
+    if method.keep_counts and keep == "global":
+        raise ConfigError(
+            "keep must be 'layer' for a method with keep_counts=True, whose drop and growth are "
+            "planned for the counts that its distribution gives, not 'global'."
+        )
     own = {path for path, _ in own_sparsity(net.layers, method.sparsity_of)}
     single = net.layers.keys() if keep == "layer" else own
     found: Positions = {}
@@ -154,12 +159,13 @@ def _as_in_file(
             f"sparsity {method.first_sparsity} of {net.possible} possible ones; "
             "params=dst.load(path) keeps the largest weights."
         )
-    for path, _ in own_sparsity(net.layers, method.sparsity_of):
+    own = [path for path, _ in own_sparsity(net.layers, method.sparsity_of)]
+    for path in net.layers if method.keep_counts else own:
         if found[path].size != counts[path]:
             raise ConfigError(
-                f"{source.who} has {found[path].size} connections in layer {path!r}, but "
-                f"sparsity_of gives it {counts[path]}; params=dst.load(path) keeps the largest "
-                "weights."
+                f"{source.who} has {found[path].size} connections in layer {path!r}, but method "
+                f"{method.name!r} begins with {counts[path]} there; "
+                "params=dst.load(path) keeps the largest weights."
             )
     return found
 

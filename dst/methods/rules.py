@@ -59,6 +59,7 @@ RULES: dict[str, Rule] = {
     "drop_fraction": FRACTION,
     "last_fraction": FRACTION,
     "floor": number(lambda v: 0 <= v < 1, "in [0, 1)"),
+    "keep_counts": YES_OR_NO,
     "every": integer(1),
     "end": integer(1),
     "subset_ratio": number(lambda v: v >= 1, ">= 1"),

@@ -33,6 +33,7 @@ FIELDS = {
     **{field: name for field, name in OWN.items() if name != "every"},
     "init_gain": "gain",
     "sparsity_of": "sparsity_of",
+    "keep_counts": "keep_counts",
     "growth_memory": "growth_memory",
     "layer_floor": "floor",
     "track_explored": "explored",
