@@ -39,6 +39,7 @@ BAD = {
     "distribution": ["ERK", 1],
     "sparsity_of": [("head",), (("head", 1.0),), (("head", True),), ((3, 0.5),), None],
     "keep_counts": [1, None],
+    "init": ["zeros", None],
     "init_gain": [0, -1.0, math.inf, None],
     "growth_memory": ["Streamed", "", None],
     "track_explored": [1, None],

@@ -67,12 +67,13 @@ def ticket(
     masks: Mapping[str, Any] | None = None,
     *,
     params: Mapping[str, Any] | str | os.PathLike | None = None,
+    init: str = "fan_in",
 ) -> SparseState:
     """The state at the start of a round: theta_0 of this key on the masks, all else new.
 
     Without masks it is that of the first round, with all connections, as `method` starts. Weights
-    that stay are those of `init_state` bit for bit. With `params`, as of `init_state`, theta_0 is
-    that, in every round (Chen et al., 2020).
+    that stay are those of `init_state` bit for bit. `params` and `init` are
+    those of `init_state`: theta_0 may be what one has (Chen et al., 2020).
     """
-    state = init_state(net, tx, method, key, params=params)
+    state = init_state(net, tx, method, key, params=params, init=init)
     return start_with(tx, state, state.masks if masks is None else masks)

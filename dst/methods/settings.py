@@ -108,6 +108,8 @@ def unread_fields(config: Mapping[str, Any]) -> set[str]:
     fields = {field for field, name in FIELDS.items() if name in ignored}
     if not (row.before and BEFORE[row.before].gradients):
         fields.add("score_batches")
+    if config.get("init") == "model":
+        fields.add("init_gain")
     if row.name != "lottery":
         fields.add("lottery_levels")
     return fields
