@@ -67,7 +67,10 @@ def default() -> ConfigDict:
     config.sparsity = 0.98  # inactive fraction of all kernels, in [0, 1); dense ignores it
     config.initial_sparsity = placeholder(float)  # None: granet's 0.5, else `sparsity`
     config.distribution = placeholder(str)  # 'uniform' (paper), 'er', 'er_unfolded' or 'erk'
+    config.sparsity_of = ()  # (glob, sparsity or None) pairs: layers with their own, see dst.method
+    config.keep_counts = False  # drop and grow within each layer; else over all together (paper)
     config.heuristic = placeholder(str)  # 'uniform', 'grabo' (gse's), 'synflow' or 'graest'
+    config.init = "fan_in"  # of a weight: normal, by the actual fan-in; 'model': its own, scaled
     # The authors' later code has 1, for dense networks too; 2 (He's) is worse on held-out images
     # after 20 epochs, and with it the dense VGG-16 dies: experiments/results/README.md.
     config.init_gain = 1.0  # variance of a new weight x its unit's actual fan-in
@@ -125,7 +128,10 @@ _RULES: dict[str, Rule] = {
     "sparsity": OF_METHOD["sparsity"],
     "initial_sparsity": OF_METHOD["initial"],
     "distribution": OF_METHOD["distribution"],
+    "sparsity_of": OF_METHOD["sparsity_of"],
+    "keep_counts": OF_METHOD["keep_counts"],
     "heuristic": one_of(HEURISTICS),
+    "init": choice("fan_in", "model"),
     "init_gain": OF_METHOD["gain"],
     "growth_memory": OF_METHOD["growth_memory"],
     "drop_fraction": OF_METHOD["drop_fraction"],

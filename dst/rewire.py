@@ -4,10 +4,10 @@ Every method that moves connections during training is this one step, in either 
 differ in which connections may be dropped (the weakest, those below a threshold, those whose sign
 changed), where candidates come from (`everything`, or a sample S from f x g), how these are scored
 (by chance, by momentum, by the dense gradient, by the gradient on S), and whether growth is ranked
-over the whole network or shared out to layers.
+over the whole network, shared out to layers, or within each (`keep_counts`).
 
 A, the active connections, are `state.masks`. The weakest are dropped and the best grown over all
-layers together.
+layers together, or within each.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from dst.loss import Loss
 from dst.methods.base import Method
 from dst.methods.candidates import Sample, room
 from dst.methods.combinations import check, check_execution
-from dst.methods.drop import DROPS, looked_at
+from dst.methods.drop import DROPS, dropping, looked_at
 from dst.methods.grow import GROWTHS
 from dst.methods.heuristics import HEURISTICS
 from dst.methods.memory import after_rewire, memory_report, refuse_waiting
 from dst.methods.plan import plan
+from dst.methods.quota import exchange_within
 from dst.methods.share import SHARES, shared_out
 from dst.network import Network
 from dst.optimizer import check_optimizer
@@ -55,7 +56,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
     check_execution(method, net.execution)
     planned = plan(net, method)
     drop_rule, most = DROPS[method.drop], room(net, method, planned)
-    may_drop = drop_rule.rule(net, method)
+    may_drop = dropping(net, method)
     sample = GROWTHS[method.score].source(net, method, planned, loss)
 
     def body(state: SparseState, batch: Any, fg: Any):
@@ -73,25 +74,40 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         if drop_rule.strength:
             finite &= ~jnp.isnan(view.strength).any()
         eligible, wanted = may_drop(view, event, surplus + G_t)
-        # With fewer candidates than |P| fewer are dropped, never more than can grow. If something
-        # is not finite nothing moves; this also orders the check before the exchange, or XLA would
-        # keep a copy of all weights for it.
-        left = jnp.minimum(wanted, eligible.sum(dtype=jnp.int32))
-        grow = jnp.minimum(left - surplus, S.found.valid.sum(dtype=jnp.int32))
-        grow = jnp.where(finite, jnp.clip(grow, 0, most), 0)
-        drop = jnp.where(finite, jnp.maximum(jnp.minimum(surplus + grow, left), 0), 0)
-        P = lowest(view.order, eligible, drop, lambda: A.hashes(salt))
-        if method.share:
-            weights = SHARES[method.share].weights(A, A.exists & ~P, state.method)
-            G = shared_out(A, S.found, grow, weights)
+        # If something is not finite nothing moves; this also orders the check before the exchange,
+        # or XLA would keep a copy of all weights for it.
+        if planned.each is not None:
+            each = jnp.where(finite, jnp.asarray(planned.each)[event], 0)
+            P, G, drop = exchange_within(A, view.order, eligible, S.found, each, salt)
+            grow = drop
         else:
-            G = best_candidates(S.found, grow, most, salt)
+            drop, grow = over_all(eligible, wanted, surplus, S, most, finite)
+            P = lowest(view.order, eligible, drop, lambda: A.hashes(salt))
+            if method.share:
+                weights = SHARES[method.share].weights(A, A.exists & ~P, state.method)
+                G = shared_out(A, S.found, grow, weights)
+            else:
+                G = best_candidates(S.found, grow, most, salt)
         A, moves = A.exchange(P, G, grow, salt)
         own = after_rewire(state.method, A, wanted, G_t)
         state = reconnect(tx, state.replace(method=own), A, moves)
         return state, rewire_report(state, drop, grow, S, finite)
 
     return body
+
+
+def over_all(
+    eligible: Array, wanted: Array, surplus: Array, S: Sample, most: int, finite: Array
+) -> tuple[Array, Array]:
+    """|P| and |G| of a rewire over all layers together: int32 (), ().
+
+    With fewer candidates than |P| fewer are dropped, never more than can grow.
+    """
+    left = jnp.minimum(wanted, eligible.sum(dtype=jnp.int32))
+    grow = jnp.minimum(left - surplus, S.found.valid.sum(dtype=jnp.int32))
+    grow = jnp.where(finite, jnp.clip(grow, 0, most), 0)
+    drop = jnp.where(finite, jnp.maximum(jnp.minimum(surplus + grow, left), 0), 0)
+    return drop, grow
 
 
 def best_candidates(found: Candidates, k: Array, most: int, salt: Array) -> Candidates:

@@ -11,11 +11,12 @@ from flax import linen as nn
 import dst
 from dst import observe as probes
 from dst.connections.backends import cpp as kernels
-from dst.connections.base import no_candidates, row_salts
+from dst.connections.base import row_salts
 from dst.connections.hashing import salts
 from dst.connections.masks import Masks
 from dst.layers import Conv, Dense
 from dst.methods import blockwise
+from dst.methods.quota import Quota
 from dst.update import AXIS, parallel
 from tests import tiny
 from tests.arenas import hashed, random_case
@@ -128,10 +129,10 @@ def test_masked_the_choice_is_top_k_of_all_layers(monkeypatch, block):
     order = np.lexsort((ties, -score))
     inactive = int(np.isfinite(score).sum())
     for size in (30, inactive + 5):
-        empty = no_candidates(size)
-        choose = functools.partial(blockwise.strongest_missing, A)
-        two = parallel(choose, (0, None, None, None), jax.local_devices()[:2])
-        found, finite = two(units, empty, jnp.int32(size), salt)
+        held = Quota(jnp.int32(size), size, salt)
+        choose = functools.partial(blockwise.strongest_missing, A, held=held)
+        two = parallel(choose, (0,), jax.local_devices()[:2])
+        found, finite = two(units)
         held = np.asarray(found.valid)
         p, s = (np.asarray(a)[held] for a in (A.entry(found.row, found.column), found.score))
         assert bool(finite) and held.sum() == min(size, inactive)
@@ -155,8 +156,7 @@ def test_sparse_the_choice_is_the_best_of_what_does_not_exist(monkeypatch, tier,
             row = part.first + i // part.block * part.n_out + o
             missing.append((-G[i, o], hashed(salts_of_rows[row], i), row, i))
     missing.sort()
-    empty = no_candidates(99)
-    choose = lambda units, P: blockwise.strongest_missing(case.arena, units, empty, P, salt)  # noqa: E731
+    choose = lambda units, P: blockwise.strongest_missing(case.arena, units, Quota(P, 99, salt))  # noqa: E731
     two = parallel(choose, (0, None), jax.local_devices()[:2])
     for P in (20, 99):
         found, finite = two(units, jnp.int32(P))

@@ -19,6 +19,7 @@ from dst.training import train
 BAD = {
     "initial": [-0.1, 1.0, math.nan, "0.5"],
     "distribution": ["ERK", 2],
+    "sparsity_of": [0.5, {"a": 1.0}, [("a", 0.5)], (("a", "b"),)],
     "before": ["SNIP", None],
     "temperature": [0, -1.0, math.inf],
     "iterations": [0, 1.5, True],
@@ -28,6 +29,7 @@ BAD = {
     "last_fraction": [-0.1, 1.1],
     "subset_of": ["layer", None],
     "explored": [1, None],
+    "keep_counts": [1, None],
     "momentum": [1.0, -0.1, "much"],
     "heuristic": ["nope", ""],
     "score": ["magnitude", None],
@@ -90,6 +92,11 @@ def test_the_configuration_gives_every_field():
         drop="magnitude", score="gradient", heuristic="synflow", drop_fraction=0.3, floor=0.1,
         every=11, end=500, subset_ratio=3.0, rounds=4, explored=True,
     )  # fmt: skip
+    config.update(
+        initial_sparsity=None, keep_counts=True, sparsity_of=(("head", 0.75), ("*", None))
+    )
+    assert method_of(resolve(config), 100).sparsity_of == (("head", 0.75), ("*", None))
+    assert method_of(resolve(config), 100).keep_counts
     config.update(method="rigl", growth_memory="streamed")
     assert method_of(resolve(config), 100).growth_memory == "streamed"
     config.update(method="grasp", initial_sparsity=None)
@@ -269,6 +276,7 @@ def test_what_is_said_not_to_be_read_is_what_the_library_refuses(name):
         "initial": 0.5, "distribution": "erk", "temperature": 3.0, "heuristic": "graest",
         "drop_fraction": 0.3, "subset_ratio": 3.0, "rounds": 3, "gain": 3.0,
         "growth_memory": "streamed", "floor": 0.01, "explored": True,
+        "sparsity_of": (("*", 0.5),), "keep_counts": True,
     }  # fmt: skip
     unread = unread_fields(resolved(method=name))
     for field, option in FIELDS.items():

@@ -12,7 +12,7 @@ def test_plan_holds_the_papers_numbers():
     """98 % of ResNet-56's 848,944: 46 events, |P| = floor(p_t K), |S| = 10 |P| split by |W_l|."""
     parts = setup(sparsity=0.98, every=1000, end=46_920)
     sizes = [layer.size for layer in parts.net.layers.values()]
-    _, active, P, S = plan(parts.net, parts.method)
+    _, active, P, S, _ = plan(parts.net, parts.method)
     K = sum(sizes) - round(0.98 * sum(sizes))
     t = np.arange(1000, 46_920, 1000)
     exact = 0.1 * (1 + np.cos(np.pi * t / 46_920)) * K

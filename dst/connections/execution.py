@@ -278,8 +278,43 @@ def expanded_layers(net: Network) -> dict[str, bool]:
     return expanded
 
 
-def init_rest(net: Network, key: Array) -> dict[str, Any]:
-    """The model's variables from its own initialisers, without sparse kernels and what is sown."""
+def init_rest(
+    net: Network, key: Array, seen: Callable[[str, Any], Any] = lambda path, module: None
+) -> dict[str, Any]:
+    """The model's variables from its own initialisers, without sparse kernels and what is sown.
+
+    `seen` is told each sparse layer's path and module.
+    """
+
+    @jax.jit
+    def init(key):
+        kernels = frozenset(("params", *path.split("/"), "kernel") for path in net.layers)
+        return without(_init(net, key, frozenset(), seen), net.sown | kernels)
+
+    return {"params": {}, **init(key)}
+
+
+def init_kernels(net: Network, key: Array, paths: frozenset[str]) -> dict[str, Array]:
+    """The dense kernels of these sparse layers as `model.init(key, ...)` makes them; no others."""
+
+    @jax.jit
+    def init(key):
+        variables = traverse_util.flatten_dict(_init(net, key, paths)["params"], sep="/")
+        return {path: variables[f"{path}/kernel"] for path in sorted(paths)}
+
+    return init(key)
+
+
+def _init(
+    net: Network,
+    key: Array,
+    paths: frozenset[str],
+    seen: Callable[[str, Any], Any] = lambda path, module: None,
+) -> dict[str, Any]:
+    """What `model.init` gives where no sparse layer is computed, of `paths` with kernels.
+
+    The others' may be there, for what XLA makes nothing of.
+    """
 
     def without_kernels(next_fun, args, kwargs, context):
         module = context.module
@@ -287,15 +322,14 @@ def init_rest(net: Network, key: Array) -> dict[str, Any]:
         if call is None or is_foreign(module):
             return next_fun(*args, **kwargs)
         layer, h = call
-        layer.init(module, lambda: next_fun(*args, **kwargs))
+        seen(layer.path, module)
+        if layer.path in paths:
+            next_fun(*args, **kwargs)
+        else:
+            layer.init(module, lambda: next_fun(*args, **kwargs))
         return zero_output(layer, module, h)
 
-    @jax.jit
-    def init(key):
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), net.args)
-        with nn.intercept_methods(across_devices), nn.intercept_methods(without_kernels):
-            variables = flax.core.unfreeze(net.model.init(key, *zeros, **net.kwargs))
-        kernels = frozenset(("params", *path.split("/"), "kernel") for path in net.layers)
-        return without(nn.meta.unbox(variables), net.sown | kernels)
-
-    return {"params": {}, **init(key)}
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), net.args)
+    with nn.intercept_methods(across_devices), nn.intercept_methods(without_kernels):
+        variables = flax.core.unfreeze(net.model.init(key, *zeros, **net.kwargs))
+    return nn.meta.unbox(variables)

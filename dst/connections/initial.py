@@ -49,6 +49,18 @@ def fan_in_weights(key: jax.Array, output: np.ndarray, n_out: int, gain: float =
     return weights
 
 
+def scaled_to_fan_in(kernel: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """The connections' weights of a dense kernel, times sqrt(columns / n_j): float32 (M,).
+
+    n_j is the actual fan-in of output unit j, so that a unit's variance is as in the dense layer.
+    Shapes: kernel (..., n_in, n_out), position int64 (M,) in the flat kernel.
+    """
+    n_out = kernel.shape[-1]
+    fan_in = np.bincount(position % n_out, minlength=n_out)
+    factor = np.sqrt(kernel.size // n_out / np.maximum(fan_in, 1)).astype(np.float32)
+    return kernel.reshape(-1)[position] * factor[position % n_out]
+
+
 def _generator(key: jax.Array) -> np.random.Generator:
     """NumPy's generator, seeded by a JAX key: a shape of its own each layer compiles nothing."""
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))

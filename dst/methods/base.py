@@ -12,6 +12,9 @@ class Method(NamedTuple):
     sparsity: float  # s, of all possible connections
     initial: float | None = None  # sparsity at the first step; None: s from the first step on
     distribution: str = "uniform"  # of the sparsity over the layers at the start
+    # (glob on layers' paths, their own sparsity at the start, or None: all their connections, which
+    # never move); the first that matches counts, and `distribution` is of what is left
+    sparsity_of: tuple[tuple[str, float | None], ...] = ()
     gain: float = 1.0  # variance of a new network's weights x fan-in; 2 is He's
     before: str = ""  # a row of `BEFORE`, what prunes once, before the first step
     temperature: float = 200.0  # T of GraSP's logits / T
@@ -24,6 +27,7 @@ class Method(NamedTuple):
     drop_fraction: float = 0.2  # |P| / |A| at step 0; a cosine takes it to `last_fraction` at `end`
     last_fraction: float = 0.0
     floor: float = 0.0  # share of its first connections that a layer always keeps; 0: the paper's
+    keep_counts: bool = False  # drop and grow within each layer, the weakest and best of it
     every: int = 1000  # steps between two rewires
     end: int = 46_800  # the first step that is not rewired any more, or a ramp's last one
     subset_ratio: float = 10.0  # c = |S| / |P|, or |S_l| / |A_l|

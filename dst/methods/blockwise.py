@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst.connections.base import NOWHERE, Candidates, Connections, Part, no_candidates
-from dst.connections.select import best
+from dst.connections.base import NOWHERE, Candidates, Connections, Part
 from dst.layers.base import Layer
 from dst.loss import Loss, run_loss
 from dst.methods.base import Method
-from dst.methods.candidates import Sample, Source, most_at, room
+from dst.methods.candidates import Sample, Source, quota
 from dst.methods.plan import Plan
+from dst.methods.quota import Quota
 from dst.network import Network
 from dst.observe import observe
 from dst.state import SparseState
@@ -79,7 +79,7 @@ def first_column(layer: Layer, corner: Sequence[Array]) -> Array:
 
 
 def over_blocks(starts: list[np.ndarray], blocks: list[Callable], merge: Callable, carry: Any):
-    """Folds `merge(carry, blocks[l](corner))` over the corners starts[l] of every layer l.
+    """Folds `merge(carry, blocks[l](corner), l)` over the corners starts[l] of every layer l.
 
     One loop for all layers, so that one block exists at a time and the merge is compiled once.
     """
@@ -88,7 +88,7 @@ def over_blocks(starts: list[np.ndarray], blocks: list[Callable], merge: Callabl
 
     def one(n, carry):
         l, *corner = table[n]
-        return merge(carry, lax.switch(l, blocks, corner))
+        return merge(carry, lax.switch(l, blocks, corner), l)
 
     return lax.fori_loop(0, len(table), one, carry)
 
@@ -101,23 +101,21 @@ def padded(a: Array, size: int, value: float) -> Array:
 # ---------------------------------------------------------------------------------- the choice
 def streamed(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
     """RigL's choice, of all inactive: h and delta of every layer are held, the gradient is not."""
-    most = room(net, method, planned)
 
     def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
         value = lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]  # noqa: E731
         A, units = state.masks, observe(net.layers, value)
-        P = most_at(net, method, planned, event)
-        empty = no_candidates(most, A.weights(state.params).dtype)
-        found, finite = strongest_missing(A, units, empty, P, salt)
+        held = quota(net, method, planned, event, salt)
+        found, finite = strongest_missing(A, units, held, A.weights(state.params).dtype)
         return Sample(found, A.inactive, A.inactive, finite)
 
     return sample
 
 
 def strongest_missing(
-    A: Connections, units: Units, empty: Candidates, P: Array, salt: Array
+    A: Connections, units: Units, held: Quota, dtype: Any = jnp.float32
 ) -> tuple[Candidates, Array]:
-    """The P connections of the largest |dL/dw| among those that do not exist, `empty`'s size.
+    """The connections of the largest |dL/dw| among those that do not exist, as many as are held.
 
     Also whether all of dL/dw was finite: bool (). Of equals as `select.best`.
     """
@@ -138,7 +136,7 @@ def strongest_missing(
             column = first_column(layer, at) + jnp.arange(shape[0], dtype=jnp.int32)
             row = part.first + segment * layer.n_out + at[-1]
             valid = (due & (column[:, None] // part.block == segment)).T
-            score = jnp.where(valid, jnp.abs(G.T), -1).astype(empty.score.dtype)
+            score = jnp.where(valid, jnp.abs(G.T), -1).astype(dtype)
             score = A.without_existing(part, row, column[0], score)
             row = row + jnp.arange(shape[1], dtype=jnp.int32)
             row, column = jnp.broadcast_arrays(row[:, None], column[None])
@@ -147,10 +145,10 @@ def strongest_missing(
 
         return block
 
-    def merge(carry, new):
-        return best(carry[0], new[0], P, salt), carry[1] & new[1]
+    def merge(carry, new, l):
+        return held.best(carry[0], new[0], l), carry[1] & new[1]
 
     given = zip(A.parts, shapes, runs, strict=True)
     starts = [corners(part.layer, shape, run) for part, shape, run in given]
     blocks = [scorer(*each) for each in zip(A.parts, shapes, strict=True)]
-    return over_blocks(starts, blocks, merge, (empty, jnp.bool_(True)))
+    return over_blocks(starts, blocks, merge, (held.empty(dtype), jnp.bool_(True)))

@@ -19,13 +19,14 @@ from dst.axis import AXIS
 from dst.connections.base import Candidates, no_candidates, row_of, row_salts
 from dst.connections.hashing import hashed
 from dst.connections.masks import join
-from dst.connections.select import best
 from dst.loss import Loss, run_loss
 from dst.methods.arrivals import Pairs
 from dst.methods.base import Method
+from dst.methods.distributions import first_counts
 from dst.methods.drop import DROPS
 from dst.methods.plan import Plan, most_active
-from dst.methods.sample import fold_by_chance, sampling
+from dst.methods.quota import Quota, best_of_each
+from dst.methods.sample import Visit, fold_by_chance, fold_by_chance_of_each, sampling
 from dst.network import Network
 from dst.state import CHANCE_STREAM, REWIRE_STREAM, SparseState, stream
 from dst.update import all_finite
@@ -60,6 +61,12 @@ def most_at(net: Network, method: Method, planned: Plan, event: Array) -> Array:
     return jnp.int32(room(net, method, planned))
 
 
+def quota(net: Network, method: Method, planned: Plan, event: Array, salt: Array) -> Quota:
+    """The list of the best that an event may grow."""
+    most = room(net, method, planned)
+    return Quota(most_at(net, method, planned, event), most, salt, planned.each, event)
+
+
 def nothing(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
     """No candidate: pruning only drops."""
 
@@ -71,12 +78,17 @@ def nothing(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
 
 
 # ---------------------------------------------------------------------- everything that is inactive
-def everything(score: Callable[[SparseState, Any], Array]) -> Source:
-    """Every inactive connection, scored at once: score(state, batch) -> (N,), >= 0."""
+def everything(score: Callable[[SparseState, Any], Array], planned: Plan) -> Source:
+    """Every inactive connection, scored at once: score(state, batch) -> (N,), >= 0.
+
+    Of a plan of each layer only the best of each are handed on.
+    """
 
     def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
         scores = score(state, batch)
         found, inactive = state.masks.every(scores), state.masks.inactive
+        if planned.each is not None:
+            found = best_of_each(state.masks, found, jnp.asarray(planned.each)[event], salt)
         return Sample(found, inactive, inactive, all_finite(scores))
 
     return sample
@@ -111,25 +123,50 @@ def by_dense_gradient(net: Network, loss: Loss) -> Callable[[SparseState, Any], 
 
 # -------------------------------------------------------------------------------------- by chance
 def by_chance_alone(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
-    """SET's S: |P| inactive connections of the network, every set of them equally likely."""
-    how, most = sampling(net, method, planned), room(net, method, planned)
-    free = net.possible - most_active(net, method, planned.active)
+    """SET's S: |P| inactive connections of the network, every set of them equally likely.
+
+    Or |P_l| of each layer.
+    """
+    how, draw = sampling(net, method, planned), drawn_by_chance(net, method, planned)
 
     def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
         A, P = state.masks, jnp.asarray(planned.grown)[event]
+        held = quota(net, method, planned, event, salt)
         chances = row_salts(A.parts, stream(state, CHANCE_STREAM))
 
         def visit(found: Candidates, pairs: Pairs, chosen: Array) -> Candidates:
             row = row_of(A.parts, pairs.l, pairs.column, pairs.output)
             score = as_chance(hashed(chances[row], pairs.column)).astype(found.score.dtype)
             new = Candidates(row, pairs.column, jnp.where(chosen, score, -1))
-            return best(found, new, P, salt)
+            return held.best(found, new, pairs.l)
 
-        empty = no_candidates(most, A.weights(state.params).dtype)
+        empty = held.empty(A.weights(state.params).dtype)
         key = stream(state, REWIRE_STREAM)
-        found, count = fold_by_chance(
-            how.chunk, most, free, A.parts, key, P, A.total, A.find, visit, empty
-        )
+        found, count = draw(how.chunk, A, key, event, visit, empty)
         return Sample(found, P, count, jnp.bool_(True))
 
     return sample
+
+
+def drawn_by_chance(net: Network, method: Method, planned: Plan) -> Callable[..., Any]:
+    """`draw(chunk, A, key, event, visit, carry)`: as many as are planned, folded as they come."""
+    if planned.each is None:
+        most = room(net, method, planned)
+        free = net.possible - most_active(net, method, planned.active)
+
+        def of_network(chunk: int, A: Any, key: Array, event: Array, visit: Visit, carry: Any):
+            P = jnp.asarray(planned.grown)[event]
+            return fold_by_chance(chunk, most, free, A.parts, key, P, A.total, A.find, visit, carry)
+
+        return of_network
+    each = planned.each
+    counts = first_counts(net, method)
+    free_of = [net.layers[path].size - count for path, count in counts.items()]
+
+    def of_layers(chunk: int, A: Any, key: Array, event: Array, visit: Visit, carry: Any):
+        P = jnp.asarray(each)[event]
+        return fold_by_chance_of_each(
+            chunk, each.max(0), free_of, A.parts, key, P, A.counts(), A.find, visit, carry
+        )
+
+    return of_layers

@@ -88,6 +88,12 @@ def _of_growth(method: Method) -> Iterable[tuple[object, str]]:
     at_once = score and not growth.draws and method.growth_memory != "streamed"
     return (
         (
+            method.keep_counts and score and not _keeps_counts(method),
+            f"keep_counts must be False for method {name!r}: to keep them takes a constant "
+            "sparsity, a drop rule that is told how many go, and growth that finds the best of "
+            "each layer and is not shared out.",
+        ),
+        (
             method.heuristic and not growth.draws,
             f"heuristic must be '' for method {name!r}, which draws no S (score is {score!r}), "
             f"not {method.heuristic!r}.",
@@ -113,6 +119,13 @@ def _of_growth(method: Method) -> Iterable[tuple[object, str]]:
             f"{share} of every connection, not {share!r}.",
         ),
     )
+
+
+def _keeps_counts(method: Method) -> bool:
+    """Whether its drop and growth can be within each layer."""
+    constant = method.first_sparsity == method.sparsity
+    within = GROWTHS[method.score].by_layer and not method.share
+    return constant and _planned(method) and bool(method.score) and within
 
 
 def _free() -> list[str]:
@@ -164,6 +177,9 @@ def unread(method: Method) -> set[str]:
         "temperature": "temperature" in pruning,
         "iterations": "iterations" in pruning,
         "distribution": method.name != "dense" and method.initial != 0,
+        "sparsity_of": method.name not in ("dense", "lottery")
+        and method.first_sparsity == method.sparsity,
+        "keep_counts": _keeps_counts(method),
         "floor": bool(method.drop) and DROPS[method.drop].floors,
         "explored": method.moves,
         "growth_memory": growth.gradient == "all",

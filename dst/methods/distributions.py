@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from dst.errors import ConfigError, check_value, number, one_of
@@ -12,6 +13,7 @@ from dst.methods.schedules import largest_remainder
 from dst.network import Network
 from dst.vocabulary import Names
 
+Own = Sequence[tuple[str, float | None]]
 Shapes = Mapping[str, tuple[int, ...]]
 SPARSITY = number(lambda v: 0 <= v < 1, "in [0, 1)")
 
@@ -105,12 +107,53 @@ def layer_densities(shapes: Shapes, sparsity: float, distribution: str) -> dict[
         full |= {path for path in free if raw[path] == largest}
 
 
-def layer_counts(shapes: Shapes, sparsity: float, distribution: str = "uniform") -> dict[str, int]:
-    """Active connections of each layer: proportional to density x size, their sum exactly K."""
+def layer_counts(
+    shapes: Shapes, sparsity: float, distribution: str = "uniform", sparsity_of: Own = ()
+) -> dict[str, int]:
+    """Active connections of each layer: proportional to density x size, their sum exactly K.
+
+    Layers that have a sparsity of their own have exactly its count; it is the others that share
+    what is left. Raises: as `own_sparsity`, and more or fewer connections left than they can have.
+    """
+    size = {path: math.prod(shape) for path, shape in shapes.items()}
+    total = active_count(sum(size.values()), sparsity)
+    own = {path: active_count(size[path], s or 0) for path, s in own_sparsity(size, sparsity_of)}
+    if not own:
+        return _shared(shapes, total, sparsity, distribution)
+    others = {path: shape for path, shape in shapes.items() if path not in own}
+    left, most = total - sum(own.values()), sum(size[path] for path in others)
+    if not 0 <= left <= most:
+        raise ConfigError(
+            f"sparsity_of gives {sum(own.values())} connections to layers of its own, which leaves "
+            f"{left} of the {total} at sparsity {sparsity} to the {len(others)} other layers; "
+            f"they can have 0 to {most}."
+        )
+    share = _shared(others, left, 1 - left / most, distribution) if left else {}
+    return {path: own[path] if path in own else share.get(path, 0) for path in shapes}
+
+
+def own_sparsity(paths: Collection[str], sparsity_of: Own) -> Iterator[tuple[str, float | None]]:
+    """The layers that a glob matches, each with the first one's sparsity.
+
+    Raises: a glob that matches no layer.
+    """
+    for glob, _ in sparsity_of:
+        if not any(fnmatchcase(path, glob) for path in paths):
+            raise ConfigError(
+                f"sparsity_of has {glob!r}, which is no layer's path; the layers are "
+                f"{', '.join(map(repr, paths))}."
+            )
+    for path in paths:
+        found = [s for glob, s in sparsity_of if fnmatchcase(path, glob)]
+        if found:
+            yield path, found[0]
+
+
+def _shared(shapes: Shapes, total: int, sparsity: float, distribution: str) -> dict[str, int]:
+    """`total` connections of layers, in proportion to density x size."""
     size = {path: math.prod(shape) for path, shape in shapes.items()}
     density = layer_densities(shapes, sparsity, distribution)
     weights = [density[path] * size[path] for path in shapes]
-    total = active_count(sum(size.values()), sparsity)
     # Densities are real numbers; 2^40 keeps their proportions to 1e-12 in exact integers.
     scale = 2**40 / max(max(weights, default=0.0), 1e-300)
     counts = largest_remainder(total, [round(w * scale) for w in weights], list(size.values()))
@@ -121,4 +164,10 @@ def first_counts(net: Network, method: Method) -> dict[str, int]:
     """Connections of each layer at step 0; their sum is K."""
     # As RigL has it: all sides of a window, but of attention its matrix.
     shapes = {p: layer.dims if layer.matrix else layer.shape for p, layer in net.layers.items()}
-    return layer_counts(shapes, method.first_sparsity, method.distribution)
+    return layer_counts(shapes, method.first_sparsity, method.distribution, method.sparsity_of)
+
+
+def held_layers(net: Network, method: Method) -> frozenset[int]:
+    """Layers l that have all their connections for good: those with None in `sparsity_of`."""
+    own = dict(own_sparsity(net.layers, method.sparsity_of))
+    return frozenset(l for l, path in enumerate(net.layers) if own.get(path, 0) is None)

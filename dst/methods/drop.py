@@ -16,6 +16,7 @@ import numpy as np
 from dst.connections.base import Connections, bits, lowest, signed_bits
 from dst.connections.masks import join
 from dst.methods.base import Method
+from dst.methods.distributions import held_layers
 from dst.methods.memory import Own
 from dst.methods.plan import drop_fractions, floors
 from dst.network import Network
@@ -59,6 +60,20 @@ class Drop(NamedTuple):
     memory: tuple[str, ...] = ()  # names of `MEMORIES`
     # What the weakest have least of: (n,) of a view whose own strength is |w|. None: that.
     strength: Callable[[View], Array] | None = None
+
+
+def dropping(net: Network, method: Method) -> MayDrop:
+    """The method's rule, of all layers but those that `sparsity_of` holds."""
+    drop, held = DROPS[method.drop], held_layers(net, method)
+    may_drop = drop.rule(net, method)
+
+    def unless_held(view: View, event: Array, wanted: Array) -> tuple[Array, Array]:
+        eligible, count = may_drop(view, event, wanted)
+        free = lambda l, A, *_: jnp.zeros_like(A) if l in held else A  # noqa: E731
+        eligible &= view.A.by_layer(free, view.order, view.salt)
+        return (eligible, count) if drop.planned else _counted(eligible)
+
+    return unless_held if held else may_drop
 
 
 def by_magnitude(net: Network, method: Method) -> MayDrop:

@@ -36,6 +36,7 @@ class Growth(NamedTuple):
     gradient: str = ""  # that a rewire takes: of "all" possible connections, or of the "subset"
     every_step: bool = False  # takes the gradient of all possible connections in every step
     memory: tuple[str, ...] = ()  # names of `MEMORIES`
+    by_layer: bool = False  # whether it finds the best of each layer, where these keep their counts
     # Why sparse execution cannot run this method, and what beside masked execution helps; or None.
     obstacle: Callable[[Method], tuple[str, str] | None] = lambda method: None
     # Words of 4 bytes a possible connection at a rewire, of (method, net, plan, density).
@@ -47,7 +48,7 @@ def chance(net: Network, method: Method, planned: Plan, loss: Loss) -> Source:
     """As many as are to grow (SET); all, where a rule says how many or layers share."""
     if DROPS[method.drop].planned and not method.share:
         return by_chance_alone(net, method, planned, loss)
-    return everything(by_chance)
+    return everything(by_chance, planned)
 
 
 def _moved(method: Method, net: Network, planned: Plan, density: float) -> float:
@@ -59,7 +60,7 @@ def dense_gradient(net: Network, method: Method, planned: Plan, loss: Loss) -> S
     """RigL: the gradient of every possible connection, whole or a block at a time."""
     if method.growth_memory == "streamed":
         return streamed(net, method, planned, loss)
-    return everything(by_dense_gradient(net, loss))
+    return everything(by_dense_gradient(net, loss), planned)
 
 
 def _at_once(method: Method) -> tuple[str, str] | None:
@@ -93,14 +94,15 @@ GROWTHS = Names(
     Growth,
     {
         "": Growth(nothing),
-        "chance": Growth(chance, words=_moved),
-        "gradient": Growth(on_subset, draws=True, gradient="subset", words=_subset),
+        "chance": Growth(chance, by_layer=True, words=_moved),
+        "gradient": Growth(on_subset, draws=True, gradient="subset", by_layer=True, words=_subset),
         "dense gradient": Growth(
-            dense_gradient, gradient="all", obstacle=_at_once, words=_gradient
+            dense_gradient, gradient="all", by_layer=True, obstacle=_at_once, words=_gradient
         ),
         "momentum": Growth(
-            lambda net, method, planned, loss: everything(by_momentum),
+            lambda net, method, planned, loss: everything(by_momentum, planned),
             every_step=True,
+            by_layer=True,
             memory=("momentum", "decay"),
             words=lambda *_: 1.0,  # the dense gradient of every step, beside the momentum
         ),

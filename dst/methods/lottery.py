@@ -11,6 +11,7 @@ the trained weights and `ticket` takes them back to theta_0, which the key gives
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,11 +65,15 @@ def ticket(
     method: Method,
     key: jax.Array,
     masks: Mapping[str, Any] | None = None,
+    *,
+    params: Mapping[str, Any] | str | os.PathLike | None = None,
+    init: str = "fan_in",
 ) -> SparseState:
     """The state at the start of a round: theta_0 of this key on the masks, all else new.
 
     Without masks it is that of the first round, with all connections, as `method` starts. Weights
-    that stay are those of `init_state` bit for bit.
+    that stay are those of `init_state` bit for bit. `params` and `init` are
+    those of `init_state`: theta_0 may be what one has (Chen et al., 2020).
     """
-    state = init_state(net, tx, method, key)
+    state = init_state(net, tx, method, key, params=params, init=init)
     return start_with(tx, state, state.masks if masks is None else masks)

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from dst.errors import YES_OR_NO, Rule, check_value, choice, integer, listed, number, one_of
+from dst.errors import (
+    YES_OR_NO,
+    Rule,
+    check_value,
+    choice,
+    integer,
+    listed,
+    number,
+    one_of,
+    tuple_of,
+)
 from dst.methods.base import Method
 from dst.methods.before import BEFORE
 from dst.methods.distributions import DISTRIBUTIONS, SPARSITY
@@ -19,11 +29,24 @@ def _or_nothing(names: Names) -> Rule:
     return lambda v: v == "" or known(v), lambda: listed(["", *(n for n in names if n)])
 
 
+def _is_pair(pair: object) -> bool:
+    """A glob, and None or a sparsity."""
+    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+        return False
+    return pair[1] is None or SPARSITY[0](pair[1])
+
+
 FRACTION = number(lambda v: 0 <= v <= 1, "in [0, 1]")
 RULES: dict[str, Rule] = {
     "sparsity": SPARSITY,
     "initial": SPARSITY,
     "distribution": one_of(DISTRIBUTIONS),
+    "sparsity_of": tuple_of(
+        _is_pair,
+        lambda v: True,
+        "pairs of a glob on layers' paths and None or a number in [0, 1), as (('*/attention/*', "
+        "0.9), ('head', None))",
+    ),
     "gain": number(lambda v: v > 0, "> 0"),
     "before": _or_nothing(BEFORE),
     "temperature": number(lambda v: v > 0, "> 0"),
@@ -36,6 +59,7 @@ RULES: dict[str, Rule] = {
     "drop_fraction": FRACTION,
     "last_fraction": FRACTION,
     "floor": number(lambda v: 0 <= v < 1, "in [0, 1)"),
+    "keep_counts": YES_OR_NO,
     "every": integer(1),
     "end": integer(1),
     "subset_ratio": number(lambda v: v >= 1, ">= 1"),

@@ -159,34 +159,97 @@ def fold_by_chance(
     network's; asked <= `most`, and at least `free` are inactive. Also how many there were.
     """
     possible = sum(part.layer.size for part in parts)
-    enough = lambda n: n + 6 * n**0.5 + 10  # noqa: E731
-    # Arrivals that are nearly all pairs cost more than all pairs; their hashes are times too.
-    all_pairs = possible < 2**31 and 4 * enough(most) >= free
-    inactive = jnp.float32(possible) - active
-    share = jnp.minimum(enough(asked.astype(jnp.float32)) / jnp.maximum(inactive, 1), 0.999)
-    rate = -jnp.log1p(-share)  # of each pair
-
-    n_in, n_out, block = (table(parts, field) for field in ("n_in", "n_out", "block"))
-    widest, longest = (max(getattr(part, n) for part in parts) for n in ("n_in", "n_out"))
+    all_pairs = _all_pairs(possible, most, free)
+    rate = _rate(jnp.float32(possible) - active, asked)
+    see_layer = by_chance(chunk, parts, key, exists, all_pairs)
 
     def walk(see: Callable, carry: Any) -> Any:
-        def one(l: Array, carry: Any) -> Any:
-            f, g = (
-                cumulative_shares((jnp.arange(size) < n[l]).astype(jnp.float32))
-                for size, n in ((widest, n_in), (longest, n_out))
-            )
-            there = lambda column, output: exists(l, column, output)  # noqa: E731
-            sizes = arrivals.Sizes(n_in[l], n_out[l], block[l])
-            layer = arrivals.large(jax.random.fold_in(key, l), l, sizes, chunk, f, g, there)
-            pairs = n_in[l].astype(jnp.float32) * n_out[l]
-            fold = arrivals.enumerate_pairs if all_pairs else arrivals.sweep
-            return fold(layer._replace(rate=rate * pairs), see, carry)
-
+        one = lambda l, carry: see_layer(l, rate, see, carry)  # noqa: E731
         return lax.fori_loop(0, len(parts), one, carry)
 
+    return _earliest(walk, visit, asked, chunk, all_pairs, carry)
+
+
+def fold_by_chance_of_each(
+    chunk: int,
+    most: Sequence[int],
+    free: Sequence[int],
+    parts: Sequence[Part],
+    key: Array,
+    asked: Array,
+    active: Array,
+    exists: Callable[[Array, Array, Array], Array],
+    visit: Visit,
+    carry: Any,
+) -> tuple[Any, Array]:
+    """`fold_by_chance` of each layer alone: `most`, `free`, `asked` and `active` are (L,)."""
+    numbers = zip(parts, most, free, strict=True)
+    whole = [_all_pairs(part.layer.size, int(m), int(f)) for part, m, f in numbers]
+    inactive = jnp.array([part.layer.size for part in parts], jnp.float32) - active
+    total = jnp.int32(0)
+    for all_pairs in sorted({*whole}):
+        index = jnp.array([l for l, w in enumerate(whole) if w == all_pairs], jnp.int32)
+        see_layer = by_chance(chunk, parts, key, exists, all_pairs)
+
+        def one(n: Array, so_far: tuple, index=index, see_layer=see_layer, all_pairs=all_pairs):
+            carry, total = so_far
+            l = index[n]
+            rate = _rate(inactive[l], asked[l])
+            walk = lambda see, carry: see_layer(l, rate, see, carry)  # noqa: E731
+            carry, count = _earliest(walk, visit, asked[l], chunk, all_pairs, carry)
+            return carry, total + count
+
+        carry, total = lax.fori_loop(0, index.size, one, (carry, total))
+    return carry, total
+
+
+def _enough(n: Any) -> Any:
+    return n + 6 * n**0.5 + 10
+
+
+def _all_pairs(possible: int, most: int, free: int) -> bool:
+    """Whether pairs, whose hashes are times too, cost less than arrivals, as nearly all arrive."""
+    return possible < 2**31 and 4 * _enough(most) >= free
+
+
+def _rate(inactive: Array, asked: Array) -> Array:
+    """Arrivals to expect of each pair."""
+    share = jnp.minimum(_enough(asked.astype(jnp.float32)) / jnp.maximum(inactive, 1), 0.999)
+    return -jnp.log1p(-share)
+
+
+def _earliest(
+    walk: Callable, visit: Visit, asked: Array, chunk: int, all_pairs: bool, carry: Any
+) -> tuple[Any, Array]:
     # Enumerated pairs come in an order that the executions do not share: the cut is exact, 32 bits.
     cells, counts = (2**16, 2) if all_pairs else (intervals(chunk), 1)
     return earliest(walk, visit, asked, cells, carry, counts)
+
+
+def by_chance(
+    chunk: int,
+    parts: Sequence[Part],
+    key: Array,
+    exists: Callable[[Array, Array, Array], Array],
+    all_pairs: bool,
+) -> Callable[[Array, Array, Callable, Any], Any]:
+    """`see_layer(l, rate of a pair, see, carry)` folds `see` over l's arrivals, or all pairs."""
+    n_in, n_out, block = (table(parts, field) for field in ("n_in", "n_out", "block"))
+    widest, longest = (max(getattr(part, n) for part in parts) for n in ("n_in", "n_out"))
+
+    def see_layer(l: Array, rate: Array, see: Callable, carry: Any) -> Any:
+        f, g = (
+            cumulative_shares((jnp.arange(size) < n[l]).astype(jnp.float32))
+            for size, n in ((widest, n_in), (longest, n_out))
+        )
+        there = lambda column, output: exists(l, column, output)  # noqa: E731
+        sizes = arrivals.Sizes(n_in[l], n_out[l], block[l])
+        layer = arrivals.large(jax.random.fold_in(key, l), l, sizes, chunk, f, g, there)
+        pairs = n_in[l].astype(jnp.float32) * n_out[l]
+        fold = arrivals.enumerate_pairs if all_pairs else arrivals.sweep
+        return fold(layer._replace(rate=rate * pairs), see, carry)
+
+    return see_layer
 
 
 # ------------------------------------------------------------------------------------- small layers

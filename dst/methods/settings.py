@@ -32,6 +32,8 @@ OWN = {
 FIELDS = {
     **{field: name for field, name in OWN.items() if name != "every"},
     "init_gain": "gain",
+    "sparsity_of": "sparsity_of",
+    "keep_counts": "keep_counts",
     "growth_memory": "growth_memory",
     "layer_floor": "floor",
     "track_explored": "explored",
@@ -101,11 +103,13 @@ def never_read(config: Mapping[str, Any]) -> set[str]:
 
 def unread_fields(config: Mapping[str, Any]) -> set[str]:
     """Fields of a resolved config that its method never reads, the schedule aside."""
-    row = row_of(config["method"])
+    row = row_of(config["method"], config["sparsity"])
     ignored = unread(row._replace(initial=config.get("initial_sparsity", row.initial)))
     fields = {field for field, name in FIELDS.items() if name in ignored}
     if not (row.before and BEFORE[row.before].gradients):
         fields.add("score_batches")
+    if config.get("init") == "model":
+        fields.add("init_gain")
     if row.name != "lottery":
         fields.add("lottery_levels")
     return fields

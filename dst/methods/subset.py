@@ -18,15 +18,15 @@ from jax import lax
 from dst.axis import AXIS
 from dst.connections.backends import cpp as kernels
 from dst.connections.backends.dispatch import compiled, on_cpu
-from dst.connections.base import Candidates, Connections, Part, no_candidates, table
-from dst.connections.select import best
+from dst.connections.base import Candidates, Connections, Part, table
 from dst.layers.base import Layer
 from dst.loss import Loss, run_loss
 from dst.methods.arrivals import Pairs
 from dst.methods.base import Method
-from dst.methods.candidates import Sample, Source, most_at, room
+from dst.methods.candidates import Sample, Source, quota
 from dst.methods.heuristics import HEURISTICS, look
 from dst.methods.plan import Plan, asked, plan
+from dst.methods.quota import Quota
 from dst.methods.sample import Sampling, fold_subset, group_by_shape, hold_subset, sampling
 from dst.network import Network
 from dst.observe import gradient_on
@@ -55,7 +55,7 @@ def on_subset(
 
     `score(layer, G)` of their gradients: float (n,) -> (n,), >= 0.
     """
-    how, most = sampling(net, method, planned), room(net, method, planned)
+    how = sampling(net, method, planned)
 
     def sample(state: SparseState, batch: Any, fg: Any, event: Array, salt: Array) -> Sample:
         A = state.masks
@@ -65,10 +65,10 @@ def on_subset(
             return lambda extra: run_loss(net, loss, state.params, state, batch, extra)[0]
 
         seen, fg = observed(net, method, state, later, value(batch), fg)
-        P = most_at(net, method, planned, event)
+        held = quota(net, method, planned, event, salt).at_most(sum(how.sizes))
         wanted = asked(method, jnp.asarray(planned.subset)[event], A.counts())
-        found = no_candidates(min(most, sum(how.sizes)), A.weights(state.params).dtype)
-        search = Search(score, state, how, seen, fg, wanted, jnp.minimum(P, found.row.size), salt)
+        found = held.empty(A.weights(state.params).dtype)
+        search = Search(score, state, how, seen, fg, wanted, held)
         tally = Sample(found, wanted.sum(), jnp.int32(0), all_finite(fg))
         S: Held = {}
         for group in group_by_shape(A.parts):
@@ -172,12 +172,11 @@ class Search:
         units: Mapping[str, tuple[Array, Array]],
         fg: Marginals,
         wanted: Array,
-        P: Array,
-        salt: Array,
+        held: Quota,
     ):
         self.A, self.key = state.masks, stream(state, REWIRE_STREAM)
         self.how, self.units, self.fg, self.wanted = how, units, fg, wanted
-        self.P, self.salt, self.score_of = P, salt, score
+        self.held, self.score_of = held, score
 
     def score(self, group: list[int]) -> Callable[[Array, Sample], Sample]:
         """(m, tally) -> tally: S_l of the m-th layer scored, the best of it among those so far."""
@@ -194,7 +193,7 @@ class Search:
             def visit(carry: tuple[Candidates, Array], pairs: Pairs, chosen: Array):
                 score = lax.switch(m, scores, pairs.column, pairs.output)
                 row = part.row(pairs.column, pairs.output) + first
-                return self._ranked(*carry, row, pairs.column, score, chosen)
+                return self._ranked(*carry, l, row, pairs.column, score, chosen)
 
             (found, finite), count = fold_subset(
                 self.how,
@@ -214,26 +213,39 @@ class Search:
 
     def rank(self, tally: Sample, S: Mapping[str, tuple[Array, Array]], G: Any) -> Sample:
         """The best of what is held among those so far, by the gradients on it."""
-        rows, columns, scores, real = [], [], [], []
-        for part in self.A.parts:
+        lists: list[tuple[int, tuple[Array, ...]]] = []
+        for l, part in enumerate(self.A.parts):
             if part.layer.path in S:
                 position, count = S[part.layer.path]
                 column, output = jnp.divmod(position, part.n_out)
-                rows.append(part.row(column, output) + part.first)
-                columns.append(column)
-                scores.append(self.score_of(part.layer, G[part.layer.path]))
-                real.append(jnp.arange(position.size) < count)
-        listed = (jnp.concatenate(a) for a in (rows, columns, scores, real))
-        found, finite = self._ranked(tally.found, tally.finite, *listed)
+                row = part.row(column, output) + part.first
+                score = self.score_of(part.layer, G[part.layer.path])
+                lists.append((l, (row, column, score, jnp.arange(position.size) < count)))
+        if not self.held.by_layer:  # all at once
+            columns = zip(*(listed for _, listed in lists), strict=True)
+            lists = [(0, tuple(jnp.concatenate(column) for column in columns))]
+        found, finite = tally.found, tally.finite
+        for l, listed in lists:
+            found, finite = self._ranked(found, finite, l, *listed)
         return tally._replace(found=found, finite=finite)
 
     def _ranked(
-        self, found: Candidates, finite: Array, row: Array, column: Array, score: Array, S: Array
+        self,
+        found: Candidates,
+        finite: Array,
+        l: Array | int,
+        row: Array,
+        column: Array,
+        score: Array,
+        S: Array,
     ) -> tuple[Candidates, Array]:
-        """The best with those in S among them, and whether all scores were finite and >= 0."""
+        """The best with those in S among them, and whether all scores were finite and >= 0.
+
+        `l` is their layer, where each has a part of the list.
+        """
         right = jnp.isfinite(score) & (score >= 0)
         new = Candidates(row, column, jnp.where(S & right, score, -1).astype(found.score.dtype))
-        return best(found, new, self.P, self.salt), finite & (right | ~S).all()
+        return self.held.best(found, new, l), finite & (right | ~S).all()
 
 
 def scorer(

@@ -31,6 +31,7 @@ What a row chose of its own is its `choice`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -205,7 +206,10 @@ def row_of(name: str, sparsity: float = 0.0) -> Method:
 def method(name: str, sparsity: float = 0.98, **options) -> Method:
     """A row of Table 1 by name; `options` are fields of `Method`.
 
-    `every` and `end` are a run's schedule, which any method takes. Raises: an unknown name, field
+    `every` and `end` are a run's schedule, which any method takes. `sparsity_of` may be a dict:
+    {"*/attention/*": 0.9, "head": None} gives the layers whose paths a glob matches (the first that
+    does) that sparsity at the start, None all connections for good; the others share what is left
+    of K. Raises: an unknown name, field
     or heuristic, a value out of range, fields that do not go together or that it never reads.
     """
     check_value("method", name, one_of(METHODS))
@@ -216,6 +220,11 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
         )
     # A step count is often NumPy's; a method holds plain numbers.
     options = {f: v.item() if isinstance(v, np.generic) else v for f, v in options.items()}
+    if isinstance(options.get("sparsity_of"), Mapping):  # a method is hashable
+        pairs = options["sparsity_of"].items()
+        options["sparsity_of"] = tuple(
+            (glob, s.item() if isinstance(s, np.generic) else s) for glob, s in pairs
+        )
     row = row_of(name, sparsity)
     made = row._replace(**options)
     check_values(made._replace(sparsity=sparsity))  # that of a dense network is not read

@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from scipy.sparse import coo_array, csr_array
 
 from dst.arguments import check_is, check_model, described
 from dst.axis import across_devices
 from dst.connections.base import Connections
 from dst.connections.execution import EXECUTIONS, forward, init_rest
+from dst.connections.files import Kernel, read, to_csr, write
 from dst.errors import ConfigError, check_value, one_of
 from dst.network import Network
 from dst.state import SparseState
 from dst.update import refuse_other_layers
-
-Entries = dict[str, np.ndarray]
-
-
-class Kernel(NamedTuple):
-    """The connections of one kernel, sorted by input, then output."""
-
-    shape: tuple[int, ...]
-    outputs: int
-    position: np.ndarray  # int64 (M,), in the flat kernel
-    values: np.ndarray  # float32 (M,)
-
-    def dense(self) -> np.ndarray:
-        """The kernel as Flax holds it."""
-        kernel = np.zeros(math.prod(self.shape), np.float32)
-        kernel[self.position] = self.values
-        return kernel.reshape(self.shape)
 
 
 def export(
@@ -84,9 +65,9 @@ def export(
     entries = {name: leaf for name, leaf in entries.items() if name not in own}
     sparse = {f"params/{layer}/kernel": kernel for layer, kernel in kernels.items()}
     for name, kernel in sparse.items():
-        entries |= {name: kernel.dense()} if dense else _to_csr(name, kernel)
+        entries |= {name: kernel.dense()} if dense else to_csr(name, kernel)
     entries = {name: _readable(leaf) for name, leaf in entries.items()}
-    _write(path, {"sparse": np.array([] if dense else list(sparse), np.str_), **entries})
+    write(path, {"sparse": np.array([] if dense else list(sparse), np.str_), **entries})
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
@@ -94,7 +75,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises: a file that is missing, damaged or of another kind.
     """
-    entries, kernels = _read(path)
+    entries, kernels = read(path)
     entries |= {name: kernel.dense() for name, kernel in kernels.items()}
     return traverse_util.unflatten_dict(entries, sep="/")
 
@@ -184,7 +165,7 @@ def _kernels(state: SparseState) -> Iterator[tuple[str, Kernel]]:
 
 def _restore(net: Network, path: str | os.PathLike) -> tuple[Any, Connections, Any]:
     """Parameters, connections and collections of a file, for `forward`."""
-    entries, kernels = _read(path)
+    entries, kernels = read(path)
     rest = jax.eval_shape(functools.partial(init_rest, net), jax.random.key(0))
     rest = traverse_util.flatten_dict(rest, sep="/")
     sparse = {f"params/{layer.path}/kernel": layer for layer in net.layers.values()}
@@ -211,78 +192,11 @@ def _refuse_another_network(path: str | os.PathLike, theirs: Mapping, ours: Mapp
             raise ConfigError(f"{path} is of another network: {name} is {was}, and {now} in this.")
 
 
-# -------------------------------------------------------------------------------------------- files
 def _nonzero(kernel: np.ndarray, outputs: int) -> Kernel:
     position = np.flatnonzero(kernel)
     return Kernel(kernel.shape, outputs, position, kernel.reshape(-1)[position])
 
 
-def _to_csr(name: str, kernel: Kernel) -> Entries:
-    shape = math.prod(kernel.shape) // kernel.outputs, kernel.outputs
-    places = np.divmod(kernel.position, kernel.outputs)
-    W = coo_array((kernel.values, places), shape=shape).tocsr()
-    return {
-        f"{name}/data": W.data,
-        f"{name}/indices": W.indices.astype(np.int32),
-        f"{name}/indptr": W.indptr.astype(np.int32),
-        f"{name}/shape": np.array(kernel.shape),
-    }
-
-
-def _from_csr(entries: Entries, name: str) -> Kernel:
-    """Takes the kernel out of `entries`. Raises: what is not a sorted CSR matrix."""
-    parts = ("data", "indices", "indptr", "shape")
-    data, indices, indptr, sides = (entries.pop(f"{name}/{part}") for part in parts)
-    shape = tuple(sides.tolist())
-    inputs = indptr.size - 1
-    if inputs not in np.cumprod(shape)[:-1]:
-        raise ValueError(f"{name} of shape {shape} has no matrix of {inputs} inputs")
-    W = csr_array((data, indices, indptr), shape=(inputs, math.prod(shape) // inputs))
-    W.check_format(full_check=True)
-    # SciPy cuts off what indptr does not reach, and makes integers of other indices.
-    if W.nnz != data.size or indices.dtype.kind != "i" or not W.has_canonical_format:
-        raise ValueError(f"{name} has connections outside, twice or out of order")
-    row, output = W.tocoo().coords
-    position = row.astype(np.int64) * W.shape[1] + output
-    return Kernel(shape, W.shape[1], position, W.data.astype(np.float32))
-
-
 def _readable(leaf: Any) -> np.ndarray:
     array = np.asarray(leaf)
     return array.astype(np.float32) if array.dtype.kind == "V" else array
-
-
-def _write(path: Path, entries: Entries) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:  # given a name, NumPy would append .npz
-            np.savez(file, **entries)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"Cannot write {path}: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read(path: str | os.PathLike) -> tuple[Entries, dict[str, Kernel]]:
-    """What is dense in the file, and its sparse kernels, both by name."""
-    try:
-        with open(path, "rb") as file:
-            return _parse(file)
-    except MemoryError:
-        raise
-    except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except Exception as error:  # whatever zipfile and NumPy make of other files
-        raise ConfigError(f"{path} is damaged, or no file of dst.export.") from error
-
-
-def _parse(file: BinaryIO) -> tuple[Entries, dict[str, Kernel]]:
-    with zipfile.ZipFile(file) as archive:
-        if archive.testzip():  # NumPy checks no sum of an entry whose header says it is shorter
-            raise zipfile.BadZipFile
-    file.seek(0)
-    with np.load(file) as stored:
-        entries = dict(stored.items())
-    names = entries.pop("sparse").tolist()
-    return entries, {name: _from_csr(entries, name) for name in names}

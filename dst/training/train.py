@@ -6,6 +6,7 @@ is killed and started again ends bit for bit as if it had not been.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,7 +131,8 @@ def build(config: ConfigDict, masks: Masks | None) -> Built:
     rule, rate = method_of(config, per_epoch), schedule(config, per_epoch)
     tx, key = optimizer(config, rate), jax.random.key(config.seed)
     chained = rule.name == "lottery"
-    state = ticket(net, tx, rule, key, masks) if chained else init_state(net, tx, rule, key)
+    first = functools.partial(ticket, masks=masks) if chained else init_state
+    state = first(net, tx, rule, key, init=config.init)
     return Built(devices, dataset, net, rule, rate, tx, replicate(state, devices), per_epoch)
 
 
