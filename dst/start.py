@@ -184,7 +184,8 @@ def of_model(net: Network, key: Array) -> Weights:
     def weights(l: int, layer: Layer, position: np.ndarray) -> np.ndarray:
         if layer.path not in made:
             made.update(init_kernels(net, key, group_of[layer.path]))
-        return scaled_to_fan_in(np.asarray(made.pop(layer.path)), position)
+        kernel = np.asarray(made.pop(layer.path)).reshape(layer.dims)
+        return scaled_to_fan_in(kernel, position)
 
     return weights
 

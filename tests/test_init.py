@@ -25,7 +25,9 @@ class Own(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.remat(nn.Dense)(30, bias_init=nn.initializers.normal(), name="first")(x)
+        normal = nn.initializers.normal()
+        x = nn.remat(nn.DenseGeneral)((5, 6), bias_init=normal, name="first")(x)
+        x = x.reshape(-1, 30)
         shared = nn.Dense(30, kernel_init=nn.initializers.orthogonal(0.01), name="shared")
         x = shared(nn.relu(shared(x)))
         return nn.Dense(10, kernel_init=nn.initializers.zeros_init(), name="head")(x)
@@ -48,7 +50,7 @@ def test_the_weights_are_the_models_times_the_root_of_the_fan_ins(execution, tog
     state, usual, own = begin(execution, init="model"), begin(execution), of_flax()
     for path, mask in structure(state).items():
         np.testing.assert_array_equal(mask, structure(usual)[path])
-        factor = np.sqrt(mask.shape[0] / np.maximum(mask.sum(0), 1))
+        factor = np.sqrt(len(mask) / np.maximum(mask.sum(0), 1))
         expected = np.where(mask, np.asarray(own[path]["kernel"]) * factor, 0)
         np.testing.assert_allclose(dense(state)[path], expected, rtol=1e-6)
     assert np.any(dense(state)["shared"]) and not np.any(dense(state)["head"])
