@@ -29,7 +29,7 @@ from dst.errors import ConfigError
 from dst.loss import Loss
 from dst.methods.base import Method
 from dst.methods.candidates import Sample, room
-from dst.methods.combinations import check, check_execution
+from dst.methods.combinations import check, check_execution, memories
 from dst.methods.drop import DROPS, dropping, looked_at
 from dst.methods.grow import GROWTHS
 from dst.methods.heuristics import HEURISTICS
@@ -61,6 +61,11 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
 
     def body(state: SparseState, batch: Any, fg: Any):
         refuse_another(net, tx, state)
+        if missing := [name for name in memories(method) if name not in state.method]:
+            raise ConfigError(
+                f"method must be that of init_state; {method.name!r} needs what it remembers from "
+                f"the start on ({', '.join(missing)}), which this state has not."
+            )
         refuse_waiting(state.method)
         event = planned.event(state.step)
         target, G_t = (jnp.asarray(n)[event] for n in (planned.active, planned.grown))

@@ -124,6 +124,17 @@ MISTAKES = {
         r"^state is of another network: layer 'Dense_0' is \(7, 5\) in it, and \(9, 5\) in net\.$",
     ),
     "execution of a state": (move(net=SPARSE), r"^state is of another network, not one of exec"),
+    "method of another": (
+        move(method=dst.method("snfs", 0.5)),
+        r"^method must be that of init_state; 'snfs' needs .* \(momentum, decay\), which this ",
+    ),
+    "due": (lambda: dst.due("set", 3), r"^method must be what dst\.method\(.*\) gives, not 'set'"),
+    "carried": (lambda: dst.carry({}, None, STATE), r"^before must be what .* gives, not None\.$"),
+    "predicted": (lambda: dst.predictor(OTHER, STATE), r"^state is of another network: layer"),
+    "pruned": (
+        lambda: dst.prune_at_init(NET, TX, dst.method("snip", 0.5), None, STATE),
+        r"^loss must be a function of \(apply, batch\), not None\.$",
+    ),
     "value_fn, sparse": (begin(SPARSE, optax.lbfgs()), r"^the optimizer fails with .*'value_fn'"),
     "value_fn": (begin(tx=optax.lbfgs()), r"^the optimizer fails with .*'value_fn'.* no func"),
     "weights": (lambda: dst.weighted_mean(X, X[:, :1]), r"^weights must be .*\(8, 6\), not \(8, 1"),

@@ -115,23 +115,28 @@ def test_integers_are_not_those_of_the_first_device():
 
 
 def test_a_weighted_mean_over_devices():
-    """Divided by the weights' mean over the devices it is that of one device; else it is not."""
+    """In loss, metric and gradient that of one device; divided by a device's own sum it is not."""
 
-    def weighted(total):
+    def weighted(mean):
         def loss(apply, batch):
             x, weights = batch
-            value = (weights[:, None] * apply(x) ** 2).sum() / total(weights)
+            value = mean((apply(x) ** 2).sum(1), weights)
             return value, {"weighted": value}
 
         return loss
 
-    def ends(total):
-        one, four = jax.local_devices()[:1], jax.local_devices()
-        return [counting_run(devices, weighted(total)) for devices in (one, four)]
+    def by_hand(values, weights):
+        return (weights * values).sum() / jax.lax.pmean(weights.sum(), AXIS)
 
-    (one, said), (four, also) = ends(lambda weights: jax.lax.pmean(weights.sum(), AXIS))
+    one, two = jax.local_devices()[:1], jax.local_devices()[:2]
+    ends = [(dst.weighted_mean, one), (dst.weighted_mean, two), (by_hand, two)]
+    (one, said), (two, also), (_, hand) = [counting_run(d, weighted(mean)) for mean, d in ends]
+    assert hand["weighted"] == also["weighted"]
     np.testing.assert_allclose(said["weighted"], also["weighted"], rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    (_, said), (_, also) = ends(lambda weights: weights.sum())
-    assert abs(float(said["weighted"]) - float(also["weighted"])) > 0.01
+    own = weighted(lambda values, weights: (weights * values).sum() / weights.sum())
+    _, apart = counting_run(jax.local_devices()[:2], own)
+    assert abs(float(said["weighted"]) - float(apart["weighted"])) > 0.01
+    values, weights = np.arange(3.0), np.array([True, False, True])
+    assert dst.weighted_mean(values, weights) == 1  # outside a step, of what is given

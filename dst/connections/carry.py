@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dst.arguments import check_is
 from dst.connections.base import Connections
 from dst.connections.masks import reset
 from dst.connections.moments import recognise
@@ -27,6 +28,8 @@ def carry(tree: Any, before: SparseState, after: SparseState) -> Any:
     keeps them together. O(K) memory. `before` must still be there: make_rewire(..., donate=False).
     Raises: states of two networks, a tree that holds nothing of a connection, or other shapes.
     """
+    for name, state in (("before", before), ("after", after)):
+        check_is(name, state, SparseState, "dst.init_state, update and rewire")
     if _description(before.masks) != _description(after.masks):
         raise ConfigError("before and after must be the states of one network, around a rewire.")
     try:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dst.arguments import check_is
 from dst.methods.base import Method
 from dst.methods.distributions import active_count, first_counts, held_layers
 from dst.methods.schedules import (
@@ -123,6 +124,7 @@ def due(method: Method, step: int) -> bool:
 
     A ramp has its last rewire at the end itself.
     """
+    check_is("method", method, Method, "dst.method(name, sparsity=...)")
     at_end = method.ramps and step == method.end
     return method.moves and (at_end or step in events(method.every, method.end))
 
