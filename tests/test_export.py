@@ -92,6 +92,29 @@ def test_predictions_survive(tmp_path, written, read, dense):
     np.testing.assert_allclose(plain, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_all_states_of_a_network_predict_with_one_program():
+    """As after every epoch; another network has its own."""
+    traced = []
+
+    class Counted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            traced.append(x.shape)
+            return nn.Dense(2)(x)
+
+    x = jnp.ones((3, 4))
+    nets = [dst.network(Counted(), x[:1]) for _ in range(2)]
+    states = [
+        dst.init_state(nets[0], SGD, dst.method("set", 0.5), jax.random.key(seed))
+        for seed in range(2)
+    ]
+    traced.clear()
+    pairs = zip([nets[0], *nets], [*states, states[1]], strict=True)
+    first, again, other = (dst.predictor(net, state)(x) for net, state in pairs)
+    assert traced == [x.shape] * 2 and (first != again).any()
+    np.testing.assert_array_equal(other, again)
+
+
 def test_masked_predictions_are_those_of_the_model():
     state = trained("masked")
     plain = Classifier().apply({"params": state.params, **state.batch_stats}, IMAGES, train=False)

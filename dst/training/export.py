@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,20 +101,11 @@ def predictor(
     """
     check_is("net", net, Network, "dst.network(model, x)")
     check_value("execution", net.execution, one_of(EXECUTIONS))
-    called = net if model is None else _with_model(net, model, kwargs)
-    options = {**net.kwargs, **kwargs}
-
-    @jax.jit
-    def run(network, *inputs):
-        outputs = forward(called, *network, *inputs, **options)
-        for leaf in jax.tree.leaves(outputs):
-            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
-                raise ConfigError(
-                    f"the model returns {described(leaf)}, which is no pytree of arrays; "
-                    "flax.struct.dataclass makes one of a class."
-                )
-        return outputs
-
+    if model is None and not kwargs:
+        run = _as_in_network(Same(net))
+    else:
+        called = net if model is None else _with_model(net, model, kwargs)
+        run = _program(called, {**net.kwargs, **kwargs})
     if isinstance(source, SparseState):
         state = _with(source, params)
         refuse_other_layers(net, state)
@@ -125,6 +116,41 @@ def predictor(
         what = "with params=, a state" if params is not None else "a state, or a file of dst.export"
         raise ConfigError(f"source must be {what}, not {described(source)}.")
     return functools.partial(run, _restore(net, source))
+
+
+class Same(NamedTuple):
+    """A network as a key: itself, not one that is equal, which dicts in it do not tell."""
+
+    net: Network
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.net is other.net
+
+    def __hash__(self) -> int:
+        return id(self.net)
+
+
+@functools.lru_cache(maxsize=8)
+def _as_in_network(of: Same) -> Callable[..., Any]:
+    """Compiled once, however many states of a network predict, as after every epoch."""
+    return _program(of.net, of.net.kwargs)
+
+
+def _program(net: Network, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """(parameters, connections, collections), inputs -> the model's outputs; jitted."""
+
+    @jax.jit
+    def run(network, *inputs):
+        outputs = forward(net, *network, *inputs, **options)
+        for leaf in jax.tree.leaves(outputs):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
+                raise ConfigError(
+                    f"the model returns {described(leaf)}, which is no pytree of arrays; "
+                    "flax.struct.dataclass makes one of a class."
+                )
+        return outputs
+
+    return run
 
 
 def _with(state: SparseState, params: Any) -> SparseState:
