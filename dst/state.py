@@ -63,12 +63,12 @@ def active_counts(connections: Connections) -> dict[str, Array]:
     return dict(zip(paths, connections.counts(), strict=True))
 
 
-def sparsity_of(connections: Connections, net: Network | None = None) -> float:
-    """Share of inactive connections, from exact counts on the host.
+def sparsity_of(source: SparseState | Connections, net: Network | None = None) -> float:
+    """Share of inactive connections, of a state or its `masks`, from exact counts on the host.
 
     Of the layers that are sparse, or, given the network, of all its weights of two axes or more:
     the overall sparsity, in which what stays dense counts too.
     """
-    if net is None:
-        return connections.sparsity()
-    return connections.sparsity() * net.possible / net.weights
+    connections = source.masks if isinstance(source, SparseState) else source
+    share = 1.0 if net is None else net.possible / net.weights
+    return connections.sparsity() * share

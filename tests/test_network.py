@@ -304,7 +304,8 @@ def test_the_summary_has_a_row_a_weight_and_both_sparsities(capsys):
     assert text.count("Embed_0/embedding 5 x 4 20 dense: not the kernel") == 2
     assert text.count("20 of 40 weights can be sparse, 50.00%.") == 2
     assert "Sparsity 75.00% of these, overall 37.50%: 5 connections and 20 dense weights." in text
-    assert dst.sparsity_of(state.masks) == 0.75 and dst.sparsity_of(state.masks, net) == 0.375
+    assert dst.sparsity_of(state.masks) == dst.sparsity_of(state) == 0.75
+    assert dst.sparsity_of(state, net) == dst.sparsity_of(state.masks, net) == 0.375
 
 
 def test_a_models_own_error_is_raised_as_it_is():
