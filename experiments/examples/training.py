@@ -26,12 +26,14 @@ def train(
     *,
     steps: int,
     every: int,
+    **first: Any,
 ) -> dst.SparseState:
     """The state after `steps` steps on batch(0), batch(1), ..., logged to `workdir`/metrics.jsonl.
 
-    Every `every` steps the loss on the last batch, and evaluate(state).
+    Every `every` steps the loss on the last batch, and evaluate(state). `first` are options of
+    `dst.init_state`, such as params.
     """
-    state = dst.init_state(net, tx, method, jax.random.key(options["seed"]))
+    state = dst.init_state(net, tx, method, jax.random.key(options["seed"]), **first)
     net.summary(state)
     update = dst.make_update(net, tx, loss, donate=True)
     rewire = dst.make_rewire(net, tx, method, loss, donate=True) if method.moves else None

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import optax
 
 import dst
-from dst.data import dataset, pipeline
+from dst.data import dataset
+from experiments.examples.images import accuracy, batches
 from experiments.examples.training import train
 
 
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> dst.SparseState:
     model = ViT(data.num_classes, given.dim, given.blocks, given.patch)
     example = jax.ShapeDtypeStruct((1, *data.test_images.shape[1:]), jnp.float32)
     net = dst.network(model, example, execution=given.execution)
-    per_epoch = pipeline.steps_per_epoch(len(data.train_labels), given.batch)
+    batch, per_epoch = batches(data, given.batch, jax.random.key(given.seed))
     steps = given.epochs * per_epoch
     schedule = optax.warmup_cosine_decay_schedule(0, given.learning_rate, steps // 20, steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.05))
@@ -96,29 +97,8 @@ def main(argv: list[str] | None = None) -> dst.SparseState:
     sparsity = given.overall * net.weights / net.possible
     method = dst.method(given.method, sparsity, every=max(1, steps // 100), end=steps * 3 // 4)
 
-    key = jax.random.key(given.seed)
-    order = functools.cache(lambda epoch: pipeline.epoch_order(key, epoch, len(data.train_labels)))
-    images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
-    normal = lambda images: pipeline.normalise(images, data.mean, data.std)  # noqa: E731
-
-    @jax.jit
-    def prepared(order, step):
-        x, y = pipeline.batch(images, labels, order, step, given.batch)
-        x = pipeline.augment(data.augment, jax.random.fold_in(key, step), x)
-        return normal(x), y
-
-    def batch(step):
-        return prepared(order(step // per_epoch), step)
-
-    def evaluate(state):
-        predict = dst.predictor(net, state)
-        parts = range(0, len(data.test_labels), 500)
-        found = jnp.concatenate(
-            [predict(normal(data.test_images[n : n + 500])).argmax(-1) for n in parts]
-        )
-        return {"test_accuracy": float((found == data.test_labels).mean())}
-
     options = {**vars(given), "sparsity": sparsity}
+    evaluate = functools.partial(accuracy, net, data)
     return train(
         given.out, options, net, tx, method, loss, batch, evaluate, steps=steps, every=per_epoch
     )
