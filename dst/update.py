@@ -1,7 +1,12 @@
-"""The training step, on either kind of connections; the only place that says pmap."""
+"""The training step, on either kind of connections; the only place that says pmap.
+
+JAX's maintainers have put pmap into maintenance. DST_MAP=shard_map maps the same functions with
+jit(shard_map) instead, on the devices of one process.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +21,7 @@ from dst.arguments import check_devices, check_is, described, form, is_key, take
 from dst.axis import AXIS
 from dst.connections.execution import EXECUTIONS
 from dst.connections.moments import recognise
-from dst.errors import ConfigError
+from dst.errors import ConfigError, check_value, one_of
 from dst.loss import Loss, run_loss
 from dst.methods.memory import after_step, refuse_waiting
 from dst.network import Network
@@ -35,14 +40,45 @@ def parallel(f: Callable, in_axes: Any, devices: list | None = None, donate: tup
     What `f` returns must be equal on all devices (averaged inside with pmean or psum): the state
     has no device axis, and is the same pytree on 1 and on N devices.
     """
-    mapped = jax.pmap(
-        f, axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices, donate_argnums=donate
-    )
+    name = os.environ.get("DST_MAP", "pmap")
+    check_value("DST_MAP", name, one_of(MAPS))
+    mapped = MAPS[name](f, in_axes, devices, donate)
     devices = devices or hosts.devices()
     if devices[0].platform != "cpu" or len(devices) == 1:
         return mapped
     # Several calls in flight deadlock in the thread pool that virtual CPU devices share.
     return lambda *args: jax.block_until_ready(mapped(*args))
+
+
+def _pmap(f: Callable, in_axes: Any, devices: list | None, donate: tuple[int, ...]) -> Callable:
+    return jax.pmap(
+        f, axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices, donate_argnums=donate
+    )
+
+
+def _shard_map(
+    f: Callable, in_axes: Any, devices: list | None, donate: tuple[int, ...]
+) -> Callable:
+    devices = devices or hosts.devices()
+    if len(hosts.local_indices(devices)) < len(devices):
+        raise ConfigError(
+            "DST_MAP must be 'pmap' where several processes share the devices, not 'shard_map'."
+        )
+
+    def on_each(*args: Any) -> Any:
+        own = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)  # noqa: E731
+        given = zip(args, in_axes, strict=True)
+        return f(*(tree if axis is None else own(tree) for tree, axis in given))
+
+    mesh = Mesh(np.asarray(devices), (AXIS,))
+    specs = tuple(PartitionSpec() if axis is None else PartitionSpec(AXIS) for axis in in_axes)
+    mapped = jax.shard_map(
+        on_each, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+    )
+    return jax.jit(mapped, donate_argnums=donate)
+
+
+MAPS = {"pmap": _pmap, "shard_map": _shard_map}
 
 
 def replicate(tree: Any, devices: list | None = None) -> Any:

@@ -58,6 +58,22 @@ def test_four_devices_take_the_step_of_one(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("execution", ["masked", "sparse"])
+def test_shard_map_takes_the_steps_of_pmap(monkeypatch, execution):
+    """To the bit, a rewire among them, and replicated alike."""
+    options = {"norm": True, "steps": 4, "execution": execution}
+    state, report = run("gse", jax.local_devices(), **options)
+    monkeypatch.setenv("DST_MAP", "shard_map")
+    other, other_report = run("gse", jax.local_devices(), **options)
+    shards_equal(other)
+    bits = lambda tree: jax.tree.map(lambda a: np.asarray(a).tobytes(), tree)  # noqa: E731
+    keys = lambda s: s.replace(key=jax.random.key_data(s.key))  # noqa: E731
+    assert bits(keys(state)) == bits(keys(other)) and bits(report) == bits(other_report)
+    monkeypatch.setenv("DST_MAP", "xmap")
+    with pytest.raises(dst.ConfigError, match="DST_MAP must be 'pmap' or 'shard_map', not 'xmap'"):
+        run("gse", jax.local_devices(), **options)
+
+
 def test_a_batch_that_does_not_split_is_refused():
     """One sentence with the number of devices."""
     with pytest.raises(dst.ConfigError, match="batch_size is 6; allowed are multiples of the 4"):
