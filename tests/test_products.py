@@ -36,6 +36,7 @@ def tier(request, monkeypatch):
     monkeypatch.setattr(kernels, "available", lambda: available)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(ranges, "CHUNK", chunk)
+    monkeypatch.setattr(ranges, "ELEMENTS", 32 * chunk)
     assert dispatch.compiled(jnp.zeros(1)) == (request.param == "compiled")
     return request.param
 
@@ -137,6 +138,7 @@ def test_products_and_their_cotangents_are_the_dense_ones(tier):
 @pytest.mark.parametrize("chunk", [1024, 8])
 def test_a_kernel_is_expanded_exactly_and_its_gradient_collected(chunk, monkeypatch):
     monkeypatch.setattr(ranges, "CHUNK", chunk)
+    monkeypatch.setattr(ranges, "ELEMENTS", 32 * chunk)
     check_expand(random_case(np.random.default_rng(4), 40, parts_of(SHAPES[:4]), empty=(0,)))
 
 
@@ -145,6 +147,7 @@ def test_float64_is_computed_in_float64_whatever_was_built(name, monkeypatch):
     _, backend, chunk = TIERS[name]
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(ranges, "CHUNK", chunk)
+    monkeypatch.setattr(ranges, "ELEMENTS", 32 * chunk)
     case = random_case(np.random.default_rng(3), 30, parts_of(SHAPES[:2]))
     with jax.enable_x64(True):
         check_product(case, np.float64, 1e-15)

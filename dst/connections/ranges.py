@@ -11,7 +11,15 @@ from jax import lax
 
 Array = jax.Array
 
-CHUNK = 1024  # connections a step of the pure tier: 2 x 1024 rows of 128 float32 are 1 MiB
+CHUNK = 1024  # connections a step on a CPU: 2 x 1024 rows of 128 float32 are 1 MiB
+ELEMENTS = 2**24  # elsewhere connections x columns: steps wait for each other, so few large ones
+
+
+def piece(columns: int) -> int:
+    """Connections a step, where each reads or writes so many columns."""
+    if jax.default_backend() == "cpu":
+        return CHUNK
+    return max(1, ELEMENTS // max(1, columns))
 
 
 def rows_of(pointer: Array, connections: int) -> Array:
@@ -20,13 +28,16 @@ def rows_of(pointer: Array, connections: int) -> Array:
     return jnp.cumsum(begun[:-1])
 
 
-def over_range(arrays: tuple, begin: Array, end: Array, step: Callable, carry: Any) -> Any:
-    """Folds `step(carry, at, *slices)` over entries `begin` to `end` of arrays (K,), in chunks.
+def over_range(
+    arrays: tuple, begin: Array, end: Array, step: Callable, carry: Any, columns: int = 1
+) -> Any:
+    """Folds `step(carry, at, *slices)` over entries `begin` to `end` of arrays (K,), in pieces.
 
-    `at` (start, inside) says where the chunk stands; outside the range the slices are 0.
+    `at` (start, inside) says where the piece stands; outside the range the slices are 0. Each entry
+    stands for work on so many `columns`.
     """
     K = arrays[0].size
-    size = min(CHUNK, K)
+    size = min(piece(columns), K)
     if not size:
         return carry
 

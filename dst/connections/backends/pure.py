@@ -26,13 +26,17 @@ def multiply(
 ) -> Array:
     """y = W h, `pointer` the layer's slice.
 
-    By jaxlib's CSR kernel on CPUs, block after block; elsewhere by sums over chunks.
+    By jaxlib's CSR kernel on CPUs, block after block; elsewhere by segment sums over pieces.
     """
     y = jnp.zeros((n_out, h.shape[1]), h.dtype)
     if jax.default_backend() != "cpu":
-        local = part._replace(first=0)
-        add = lambda y, at, value, i, o: y.at[o].add(value[:, None] * h[i])  # noqa: E731
-        return over_connections(local, values, column, pointer, add, y)
+        local, rising = part._replace(first=0), part.blocks == 1
+
+        def add(y, at, value, i, o):
+            o = lax.cummax(o) if rising else o  # behind the layer it would begin anew
+            return y.at[o].add(value[:, None] * h[i], indices_are_sorted=rising)
+
+        return over_connections(local, values, column, pointer, add, y, h.shape[1])
 
     def block(b, y):
         rows = lax.dynamic_slice(pointer, (b * n_out,), (n_out + 1,))
@@ -51,7 +55,7 @@ def backward(
     delta: Array,
     gradient: Array,
 ) -> tuple[Array, Array]:
-    """W^T delta, and dL/dw added to `gradient`, `pointer` the arena's: by chunks."""
+    """W^T delta, and dL/dw added to `gradient`, `pointer` the arena's: by pieces."""
     # A sum over the batch as a product with ones is a vectorised one.
     ones = jnp.ones((h.shape[1], 1), h.dtype)
 
@@ -62,15 +66,23 @@ def backward(
         total = jnp.matmul(h[i] * seen, ones, precision=lax.Precision.HIGHEST)
         return dh, add_at(gradient, at, total[:, 0])
 
-    return over_connections(part, values, column, pointer, add, (jnp.zeros_like(h), gradient))
+    start = jnp.zeros_like(h), gradient
+    return over_connections(part, values, column, pointer, add, start, h.shape[1])
 
 
 def over_connections(
-    part: Part, values: Array, column: Array, pointer: Array, step: Callable, carry: Any
+    part: Part,
+    values: Array,
+    column: Array,
+    pointer: Array,
+    step: Callable,
+    carry: Any,
+    columns: int = 1,
 ) -> Any:
-    """Folds `step(carry, at, value, i, o)` over the layer's connections, a chunk at a time.
+    """Folds `step(carry, at, value, i, o)` over the layer's connections, a piece at a time.
 
-    `at` (start, inside) says where the chunk stands in the arena; outside the layer value is 0.
+    `at` (start, inside) says where the piece stands in the arena; outside the layer value and o are
+    0. A connection stands for work on so many `columns`.
     """
     rows = rows_of(pointer, column.size) - part.first
     begin, end = pointer[part.first], pointer[part.end]
@@ -78,7 +90,7 @@ def over_connections(
     def within(carry, at, value, i, row):
         return step(carry, at, value, i, row % part.n_out)
 
-    return over_range((values, column, rows), begin, end, within, carry)
+    return over_range((values, column, rows), begin, end, within, carry, columns)
 
 
 def add_at(gradient: Array, at: tuple[Array, Array], amount: Array) -> Array:
