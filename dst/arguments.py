@@ -46,14 +46,14 @@ def check_model(model: Any) -> None:
         raise ConfigError(f"model must be a flax.linen module, not {described(model)}{why}.")
 
 
-def check_network(model: Any, args: tuple, execution: Any, fuse: Any) -> None:
+def check_network(model: Any, args: tuple, kwargs: Mapping, execution: Any, fuse: Any) -> None:
     """The arguments of `dst.network`, but those that choose layers."""
     check_model(model)
     if execution not in ("masked", "sparse"):
         raise ConfigError(f"execution must be 'masked' or 'sparse', not {execution!r}.")
     if not isinstance(fuse, bool):
         raise ConfigError(f"fuse must be True or False, not {described(fuse)}.")
-    if not args:
+    if not args and not kwargs:
         raise ConfigError("dst.network needs an example of the model's inputs: network(model, x).")
     for arg in args:
         for leaf in jax.tree.leaves(arg):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any, NamedTuple
 
 import flax
@@ -90,7 +91,7 @@ def network(
     path, names which are, and a layer that it names is refused if it cannot be.
     Raises: ConfigError for such a layer, a glob that matches none, anything under nn.jit.
     """
-    check_network(model, args, execution, fuse)
+    check_network(model, args, kwargs, execution, fuse)
     shapes = jax.eval_shape(lambda *a: a, *args)
     choice = Choice(sparse if callable(sparse) or sparse is None else _globs(sparse), _globs(dense))
     found, variables = _discover(model, shapes, kwargs, choice)
@@ -110,11 +111,24 @@ def network(
             if kernel.why != NOT_CHOSEN:
                 LOGGER.warning("%s stays dense: %s.", name, kernel.why)
         return net
-    reasons = "".join(f"; {name} stays dense: {kernel.why}" for name, kernel in net.dense.items())
-    raise ConfigError(f"the model has no {modules()} layer that may be sparse{reasons}.")
+    raise ConfigError(
+        f"the model has no {modules()} layer that may be sparse{_reasons(net.dense)}."
+    )
 
 
 NOT_CHOSEN = "not chosen"
+
+
+def _reasons(left: Mapping[str, Left]) -> str:
+    """Why all weights stay dense: of each reason an example, and how many there are."""
+    of: dict[str, list[str]] = {}
+    for name, kernel in left.items():
+        of.setdefault(kernel.why, []).append(name)
+    found = (
+        f"; {names[0]} stays dense{f', as {len(names) - 1} others,' if names[1:] else ''}: {why}"
+        for why, names in of.items()
+    )
+    return "".join(islice(found, 3))
 
 
 def _globs(given: Globs) -> tuple[str, ...]:

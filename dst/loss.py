@@ -10,6 +10,7 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import struct, traverse_util
+from flax.core import tracers
 from flax.core.scope import in_filter, subtract_filters, union_filters
 
 from dst.arguments import check_returned, described, takes_key
@@ -77,7 +78,7 @@ def run_loss(
     dropout, other = key(DROPOUT_STREAM), key(MODEL_STREAM)
     calls = itertools.count()  # a loss may run the model several times, each with its own dropout
     ours = ["params", VALUES, *(extra or {})]
-    rows = jax.tree.leaves(batch)
+    rows, outside = jax.tree.leaves(batch), tracers.current_trace()
 
     def apply(*args, mutable: Any = False, rngs: Any = None, **kwargs):
         call = next(calls)
@@ -95,11 +96,18 @@ def run_loss(
             {**updated, **(extra or {})},
             *args,
             frozen=extra is not None,  # probes are asked for, not parameters
+            chain=tracers.current_trace() == outside,
             rngs={**own, **(rngs or {})},
             mutable=written,
             **kwargs,
         )
-        updated.update(_statistics(net, state, new))
+        kept = _statistics(net, state, new)
+        if kept and tracers.current_trace() != outside:
+            raise ConfigError(
+                f"apply writes {'/'.join(min(entries(kept)))!r} under jax.vmap or another "
+                "transformation of the loss, which it cannot leave; call apply on the whole batch."
+            )
+        updated.update(kept)
         if mutable is False:
             return outputs
         return outputs, {name: c for name, c in new.items() if in_filter(mutable, name)}

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax import lax
 
 from dst.connections.backends import cpp as kernels
 from dst.connections.backends import maps
@@ -191,6 +192,7 @@ def observe_and_sum(
             run = functools.partial(tap_sums, total_of_maps if maps else layer.sums)
             mark = region if maps else plainly
             return mark(("tap", "sums"), run, h, y, probe["f"], probe["g"])
+        refuse_mapped(layer.path, h)
         call, seen[layer.path] = seen[layer.path], seen[layer.path] + 1
         return tap_both(h, y, probe[str(call)]["h"], probe[str(call)]["y"])
 
@@ -210,6 +212,23 @@ def observe_and_sum(
     cotangents = jax.grad(probed)({**zeros, **sums})
     units = {path: join_calls(layer, [*cotangents[path].values()]) for path, layer in held.items()}
     return units, {path: (cotangents[path]["f"], cotangents[path]["g"]) for path in summed}
+
+
+def refuse_mapped(path: str, h: Array) -> None:
+    """Raises, now or when it happens: a call under jax.vmap, which would add up h over examples."""
+
+    @jax.custom_batching.custom_vmap
+    def once(h: Array) -> Array:
+        return h
+
+    @once.def_vmap
+    def mapped(axis_size, in_batched, h):
+        raise ConfigError(
+            f"layer {path!r} is called under jax.vmap, where a rewire does not see h and delta of "
+            "each example, which this method needs; call apply on the whole batch."
+        )
+
+    once(lax.stop_gradient(h))
 
 
 def join_calls(layer: Layer, calls: list[Tree]) -> tuple[Array, Array]:

@@ -210,7 +210,6 @@ def prune_at_init(
     sparsity that leaves no connection.
     """
     _check_parts(net, tx, method)
-    takes_key(loss)
     check_is("state", state, SparseState, "dst.init_state(net, tx, method, key)")
     check_devices(devices)
     K = count_of(net, method.sparsity)
@@ -219,6 +218,8 @@ def prune_at_init(
             f"method is {method.name!r}, which does not prune before training; allowed are "
             f"{', '.join(BEFORE)}."
         )
+    if BEFORE[method.before].gradients:
+        takes_key(loss)
     check_execution(method, net.execution)
     active = sum(np.count_nonzero(mask) for mask in state.masks.values())
     if active < K:

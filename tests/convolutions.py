@@ -71,7 +71,7 @@ FRAME = 12  # zeros around a map in NumPy, more than any padding here
 
 def taps_of(layer, framed, pads, out):
     """(flat tap, what it reads for every output pixel, a view of the maps in their frames)."""
-    (sx, sy), (dx, dy) = layer.strides, layer.dilation
+    (sx, sy), (dx, dy) = layer.window.strides, layer.window.dilation
     (top, _), (left, _) = pads
     for a in range(layer.shape[0]):
         for b in range(layer.shape[1]):

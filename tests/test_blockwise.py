@@ -82,7 +82,7 @@ def gradient(layer, h, delta):
     h, delta = np.float64(h), np.float64(delta)
     if isinstance(layer, Dense):
         return h @ delta.T
-    G, (sx, sy), (dx, dy) = np.zeros(layer.shape), layer.strides, layer.dilation
+    G, (sx, sy), (dx, dy) = np.zeros(layer.shape), layer.window.strides, layer.window.dilation
     for a, b, x, y in np.ndindex(*layer.shape[:2], *delta.shape[2:]):
         G[a, b] += h[:, :, a * dx + x * sx, b * dy + y * sy] @ delta[:, :, x, y].T
     return G
@@ -93,7 +93,7 @@ def integers(rng, layer, devices=2, batch=2):
     out, extent = (), []
     if isinstance(layer, Conv):
         out = (3, 2)
-        steps = zip(out, layer.strides, layer.shape, layer.dilation, strict=False)
+        steps = zip(out, layer.window.strides, layer.shape, layer.window.dilation, strict=False)
         extent = [(n - 1) * s + (k - 1) * d + 2 for n, s, k, d in steps]
     draw = lambda *shape: rng.integers(-1, 2, (devices, *shape)).astype(np.float32)  # noqa: E731
     return draw(layer.n_in, batch, *extent), draw(layer.n_out, batch, *out)

@@ -21,8 +21,17 @@ RUNS = [
     # Of the larger layer arrivals are drawn, of the others all pairs are looked at.
     ("set", {"distribution": "uniform", "sparsity": 0.98}, "in chunks"),
     ("rigl", {"growth_memory": "streamed"}, ""),
-    ("gse", {"sparsity_of": {"Dense_1": None}, "floor": 0.3}, ""),
-    ("gse", {"sparsity": 0.5, "subset_ratio": 3.0, "heuristic": "uniform"}, "in chunks"),
+    (
+        "gse",
+        {
+            "sparsity_of": {"Dense_1": None},
+            "floor": 0.3,
+            "sparsity": 0.5,
+            "subset_ratio": 3.0,
+            "heuristic": "uniform",
+        },
+        "in chunks",
+    ),
 ]
 
 

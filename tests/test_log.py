@@ -20,7 +20,14 @@ from tensorboardX.proto.event_pb2 import Event
 from dst.errors import ConfigError
 from dst.training import figures, log
 
-CONFIG = {"dataset": "digits", "model": "mlp", "method": "gse", "heuristic": "grabo", "a": (1, 2)}
+CONFIG = {
+    "dataset": "digits",
+    "model": "mlp",
+    "method": "gse",
+    "heuristic": "grabo",
+    "sparsity": 0.9,
+}
+CONFIG["a"] = (1, 2)
 HEADER = {"config": CONFIG, "versions": {}}
 POSSIBLE = {"Dense_0": 100, "Dense_1": 400}
 ACTIVE = {"Dense_0": 5, "Dense_1": 5}

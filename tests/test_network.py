@@ -105,6 +105,16 @@ def test_every_kind_of_use_is_found_and_the_rest_listed():
     }
 
 
+class Keyword(nn.Module):
+    @nn.compact
+    def __call__(self, *, inputs):
+        return nn.Dense(3)(inputs)
+
+
+def test_inputs_may_go_by_keyword():
+    assert list(network(Keyword(), inputs=jnp.ones((2, 4))).layers) == ["Dense_0"]
+
+
 def test_layers_come_in_the_order_in_which_jax_returns_dicts_of_them():
     def body(module, x):
         return nn.Dense(2, name="a-b")(Setup(name="a")(nn.Dense(4, name="c")(x)))
@@ -286,6 +296,9 @@ def test_globs_name_what_is_sparse_and_what_is_dense():
         ConfigError, match=r"no nn\.Dense.* layer that may be sparse; .*: not chosen"
     ):
         paths(dense="*")
+    with pytest.raises(ConfigError, match=r"stays dense, as \d+ others,: not chosen") as caught:
+        paths(dense="*")
+    assert len(str(caught.value)) < 300
     with pytest.raises(ConfigError, match=r"no nn\.Dense, nn\.DenseGeneral or nn\.Conv layer"):
         network(Model(lambda m, x: nn.LayerNorm()(x)), IMAGE)
 

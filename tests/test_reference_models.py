@@ -26,8 +26,8 @@ def entropy(logits, y):
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-def start(model, execution="masked", x=X, name="rigl", **kwargs):
-    net = dst.network(model, x[:1], execution=execution, **kwargs)
+def start(model, execution="masked", x=X, name="rigl", example=None, **kwargs):
+    net = dst.network(model, x[:1] if example is None else example, execution=execution, **kwargs)
     options = {} if name == "dense" else {"every": 1, "end": 9}
     options |= {"growth_memory": "streamed"} if name == "rigl" else {}
     method = dst.method(name, 0.0 if name == "dense" else 0.5, **options)
@@ -59,8 +59,9 @@ class Partitioned(nn.Module):
         )(x)
         h = nn.LayerNorm(scale_init=named(nn.initializers.ones, ("model",)))(nn.relu(h))
         h = nn.with_logical_constraint(h, ("batch", "mlp"))
-        init = logical(nn.initializers.lecun_normal(), ("mlp", "out"))
-        return nn.Dense(5, kernel_init=init)(h)
+        # Flax looks up its axes wherever the kernel is read.
+        init = named(nn.initializers.lecun_normal(), (None, "data"))
+        return nn.DenseGeneral(5, kernel_init=init)(h)
 
 
 @BOTH
@@ -74,6 +75,37 @@ def test_partitioned_parameters_are_trained_written_and_read(execution, tmp_path
     logits = dst.predictor(net, state)(X)
     close(dst.predictor(net, tmp_path / "net.npz")(X), logits)
     close(Partitioned().apply(dst.load(tmp_path / "net.npz"), X), logits)
+
+
+# ------------------------------------------------------------------------- models of one example
+class Single(nn.Module):
+    """A convolution and a matrix, of one example, with batch normalisation or not."""
+
+    norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(3, (2,))(x.reshape(2, 2))
+        x = nn.BatchNorm(False)(x) if self.norm else x
+        return nn.Dense(5)(nn.relu(x).reshape(-1))
+
+
+@BOTH
+def test_a_model_of_one_example_is_mapped_by_its_loss(execution):
+    """With the kernels, too, as example by example; what would be wrong is refused."""
+    mapped = lambda apply, b: (entropy(jax.vmap(apply)(b[0]), b[1]), {})  # noqa: E731
+    hidden = lambda apply, b: mapped(jax.checkpoint(apply), b)  # noqa: E731
+    looped = lambda apply, b: (entropy(jnp.stack([*map(apply, b[0])]), b[1]), {})  # noqa: E731
+    given = {"x": X[:2, :4], "y": Y[:2], "example": X[0, :4]}
+    states = [
+        trained(Single(), loss, execution, name="set", **given)[1] for loss in (mapped, looped)
+    ]
+    close(*(state.params for state in states), 1e-5)
+    with pytest.raises(dst.ConfigError, match=r"apply writes 'batch_stats/.*' under jax\.vmap"):
+        trained(Single(norm=True), mapped, execution, **given)
+    for loss in (mapped, hidden):
+        with pytest.raises(dst.ConfigError, match=r"layer 'Conv_0' is called under jax\.vmap"):
+            trained(Single(), loss, execution, **given)
 
 
 # --------------------------------------------------------------------------------- random streams

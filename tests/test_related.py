@@ -71,7 +71,8 @@ def test_snfs():
         p: rng.normal(size=m.shape).astype(np.float32) * (n + 1)
         for n, (p, m) in enumerate(parts.state.masks.items())
     }
-    state = parts.state.replace(method={"momentum": jax.tree.map(jnp.asarray, momentum)})
+    own = parts.state.method | {"momentum": jax.tree.map(jnp.asarray, momentum)}
+    state = parts.state.replace(method=own)
     before, after, report, _ = rewired(parts, state)
     p_t = 0.25 * (1 + np.cos(np.pi * 2 / 12))
     w, v = flat(tiny.kernels(state.params, state)), flat(momentum)

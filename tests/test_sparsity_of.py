@@ -62,7 +62,6 @@ def test_the_others_share_what_is_left_as_if_they_were_alone():
     [
         ("set", {}),
         ("gse", {}),
-        ("gse_v2", {"heuristic": "grabo"}),
         ("rigl", {"growth_memory": "streamed"}),
     ],
     ids=str,

@@ -51,21 +51,26 @@ def forward(
     /,
     *args,
     frozen: bool = False,
+    chain: bool = True,
     seen: Callable[[int], Any] = lambda count: None,
     **kwargs,
 ) -> Any:
     """`net.model.apply` on either kind of connections; `collections` are all but "params".
 
-    `frozen` says that no gradient of the sparse layers' values will be asked for; `seen` is told
-    how many convolutions were fused.
+    `frozen` says that no gradient of the sparse layers' values will be asked for, `chain` that they
+    may go from layer to layer: not under jax.vmap, where each example would add what all have
+    gathered. `seen` is told how many convolutions were fused.
     """
 
     def run(mark, params, connections, collections, args, kwargs):
         interceptor = fast_convolution
         if isinstance(connections, Arena):
-            interceptor = sparse_layers(connections, params[VALUES]["kernel"], frozen, mark)
+            values = params[VALUES]["kernel"]
+            interceptor = sparse_layers(connections, values, frozen, mark, chain)
         variables = variables_of(params, connections, collections)
-        with nn.intercept_methods(across_devices), nn.intercept_methods(interceptor):
+        # Flax would look up what `nn.with_partitioning` names among the devices of the step.
+        no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+        with nn.intercept_methods(across_devices), nn.intercept_methods(interceptor), no_mesh:
             return net.model.apply(variables, *args, **kwargs)
 
     given = params, connections, collections, args, kwargs
@@ -125,7 +130,9 @@ def part_call(
     return call if call and context.module.has_variable(VALUES, "values") else None
 
 
-def sparse_layers(arena: Arena, values: Array, frozen: bool, mark: Callable = plainly) -> Callable:
+def sparse_layers(
+    arena: Arena, values: Array, frozen: bool, mark: Callable = plainly, chain: bool = True
+) -> Callable:
     """Interceptor: y = W h + b of the sparse layers, from the arena; `mark` is `region` to fuse."""
     parts = arena_parts(arena)
     maps = any(part.layer.convolves for part in arena.parts)
@@ -145,7 +152,7 @@ def sparse_layers(arena: Arena, values: Array, frozen: bool, mark: Callable = pl
         h, _, bias = promote_dtype(h, values[:0], bias, dtype=getattr(module, "dtype", None))
         # One chain of values through all layers, see `products`. A trace of its own (nn.remat)
         # would leak them: such a layer begins a chain, at the cost of K more numbers.
-        chained = not frozen and tracers.current_trace() == outside
+        chained = chain and not frozen and tracers.current_trace() == outside
         y, left = linear(part, module, h, bias, passed[0] if chained else None, frozen, mark)
         if chained:
             passed[0] = left

@@ -44,7 +44,8 @@ def _product(layer: Conv, kernel: Array, x: Array) -> Array:
 
 def _shifted(layer: Conv, x: Array, axis: int, size: int) -> list[Array]:
     """What each tap of the kernel along `axis` (0 or 1) reads, `size` pixels long there."""
-    pad, stride, step = layer.pads(x.shape[1:3])[axis], layer.strides[axis], layer.dilation[axis]
+    pad = layer.pads(x.shape[1:3])[axis]
+    stride, step = layer.window.strides[axis], layer.window.dilation[axis]
     x = jnp.pad(x, [pad if i == axis + 1 else (0, 0) for i in range(4)])
     reach = (size - 1) * stride + 1
     starts = [tap * step for tap in range(layer.dims[axis])]
@@ -53,13 +54,13 @@ def _shifted(layer: Conv, x: Array, axis: int, size: int) -> list[Array]:
 
 def _weight_gradient(layer: Conv, x: Array, delta: Array) -> Array:
     """dW[a, b, i, o]: the columns' shifts go to x, the rows' to delta, and one dot sums them."""
-    height, strides = x.shape[1], layer.strides
+    height, strides = x.shape[1], layer.window.strides
     (top, _), _ = layer.pads(x.shape[1:3])
     columns = _shifted(layer, x, 1, delta.shape[2])
     last = (delta.shape[1] - 1) * strides[0]
     rows = []
     for tap in range(layer.dims[0]):
-        start = tap * layer.dilation[0] - top
+        start = tap * layer.window.dilation[0] - top
         pad = (start, height - 1 - last - start, strides[0] - 1)
         rows.append(lax.pad(delta, jnp.zeros((), delta.dtype), [(0, 0, 0), pad, *[(0, 0, 0)] * 2]))
     left, right = (

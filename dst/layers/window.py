@@ -11,6 +11,7 @@ from jax import lax
 
 Array = jax.Array
 
+ZEROS = ("SAME", "SAME_LOWER", "VALID")  # lax's paddings, in upper case or in lower
 # Paddings that repeat h itself, and `jnp.pad`'s names of them.
 REPEATING = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
@@ -19,7 +20,7 @@ class Window(NamedTuple):
     """Where a kernel of some size reads for each output position, an entry a dimension."""
 
     strides: tuple[int, ...]
-    padding: Any = "SAME"  # or "VALID", or zeros before and after
+    padding: Any = "SAME"  # or another of ZEROS, or how many before and after
     dilation: tuple[int, ...] = ()
     repeats: str = ""  # how h is padded with itself beforehand, a value of REPEATING
 
@@ -42,6 +43,9 @@ class Window(NamedTuple):
         return jnp.pad(h, [*before, *around, (0, 0)], mode=self.repeats)
 
 
+POINT, PIXEL = Window((1,), "SAME", (1,)), Window((1, 1), "SAME", (1, 1))
+
+
 def each(value: Any, dimensions: int) -> tuple[int, ...]:
     """Strides or dilations as Flax takes them: None, a number or one a dimension."""
     if value is None:
@@ -57,7 +61,9 @@ def window_of(module: Any) -> tuple[tuple[int, ...], Window]:
     padding = module.padding
     if isinstance(padding, str) and padding in REPEATING:
         return size, Window(strides, "VALID", dilation, REPEATING[padding])
-    if padding == "CAUSAL":
+    if isinstance(padding, str) and padding.upper() in ZEROS:
+        padding = padding.upper()
+    elif padding == "CAUSAL":
         padding = (((size[0] - 1) * dilation[0], 0),)
     elif not isinstance(padding, str):
         padding = tuple(each(side, 2) for side in each(padding, n))
@@ -69,7 +75,7 @@ def obstacle(module: Any) -> str | None:
     size = each(module.kernel_size, 1)
     if set(each(module.input_dilation, len(size))) != {1}:
         return f"input_dilation {module.input_dilation}"
-    known = ("SAME", "VALID", *REPEATING, *(("CAUSAL",) if len(size) == 1 else ()))
-    if isinstance(module.padding, str) and module.padding not in known:
-        return f"padding {module.padding!r}"
+    padding, own = module.padding, (*REPEATING, *(("CAUSAL",) if len(size) == 1 else ()))
+    if isinstance(padding, str) and padding not in own and padding.upper() not in ZEROS:
+        return f"padding {padding!r}"
     return None

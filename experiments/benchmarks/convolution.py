@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from dst.layers import Conv
-from dst.layers.conv import PIXEL
 from dst.layers.convolution import convolve
+from dst.layers.window import PIXEL
 from dst.training import log
 
 # (channels, pixels) of the layers of ResNet-56 and VGG-16 / 4, batch 128.

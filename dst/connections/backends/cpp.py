@@ -306,7 +306,7 @@ def kernel(name: str, results: Any, **options: Any) -> Callable:
     """The call of a kernel; raises RuntimeError where there are none."""
     if why_not():
         raise RuntimeError(f"{name} cannot run: {why_not()}.")
-    return jax.ffi.ffi_call(name, results, **options)
+    return jax.ffi.ffi_call(name, results, vmap_method="sequential", **options)
 
 
 def like(a: Array) -> jax.ShapeDtypeStruct:
