@@ -14,8 +14,9 @@ import numpy as np
 import optax
 
 from dst.arguments import check_devices, check_is, check_key, takes_key
-from dst.connections.execution import EXECUTIONS, init_kernels, init_rest
+from dst.connections.execution import EXECUTIONS
 from dst.connections.initial import fan_in_weights, random_positions, scaled_to_fan_in
+from dst.connections.initialised import init_kernels, init_rest
 from dst.connections.moments import recognise
 from dst.errors import ConfigError, check_value, choice
 from dst.layers import Layer

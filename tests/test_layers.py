@@ -14,7 +14,8 @@ import pytest
 
 import dst
 from dst.connections.base import Part
-from dst.connections.execution import described, forward, init_rest
+from dst.connections.execution import described, forward
+from dst.connections.initialised import init_rest
 from dst.layers import Conv, Dense, Layer, register
 from dst.layers.window import Window
 from dst.methods.sample import group_by_shape

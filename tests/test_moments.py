@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from dst.connections.execution import init_rest
+from dst.connections.initialised import init_rest
 from dst.connections.moments import recognise, refuse_unless_coordinate_wise
 from dst.discovery import network
 from dst.errors import ConfigError

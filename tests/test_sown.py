@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import dst
-from dst.connections.execution import init_rest
+from dst.connections.initialised import init_rest
 from dst.discovery import network
 from dst.methods.before import cooled
 from tests.executions import ONE

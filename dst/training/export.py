@@ -17,8 +17,9 @@ from flax import traverse_util
 from dst.arguments import check_is, check_model, described
 from dst.axis import across_devices
 from dst.connections.base import Connections
-from dst.connections.execution import EXECUTIONS, forward, init_rest
+from dst.connections.execution import EXECUTIONS, forward
 from dst.connections.files import Kernel, read, to_csr, write
+from dst.connections.initialised import init_rest
 from dst.errors import ConfigError, check_value, one_of
 from dst.network import Network
 from dst.state import SparseState
