@@ -30,11 +30,21 @@ def row(model: dict) -> list[str]:
     return [
         model["model"],
         model["source"],
-        f"{model['weights'] / 1e6:.3g} M",
+        millions(model["weights"]),
         *(share(model[when]) for when in ("before", "after")),
         *(said(model[execution]) for execution in ("masked", "sparse")),
-        "; ".join(f"{why}: {count / 1e6:.2g} M" for why, count in dense[:2]),
+        "; ".join(f"{in_short(why)}: {millions(count)}" for why, count in dense[:2]),
     ]
+
+
+def millions(count: int) -> str:
+    """As '0.82 M' or '2,682 M'."""
+    return f"{count / 1e6:,.0f} M" if count >= 1e7 else f"{count / 1e6:.2g} M"
+
+
+def in_short(why: str) -> str:
+    """A reason of `Network.dense`."""
+    return "of another kind" if why.startswith("not the kernel of") else why
 
 
 def share(found: float | str) -> str:
@@ -46,7 +56,9 @@ def share(found: float | str) -> str:
 
 def said(outcome: str) -> str:
     """'ok', 'refused', or how an error is called."""
-    return outcome if outcome.startswith(("ok", "loss", "not run")) else share(outcome)
+    if outcome.startswith("loss"):
+        return "loss is NaN" if "nan" in outcome else outcome
+    return outcome if outcome == "ok" else share(outcome)
 
 
 if __name__ == "__main__":
