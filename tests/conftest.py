@@ -42,7 +42,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The longest files, from 100 to 30 seconds of a CPU; `make test` gives files out in this order.
 FIRST = (
     *("notebooks", "same_choices", "train", "rewire", "hosts", "explore", "every_method"),
-    *("sparse", "arrivals", "layers", "blockwise", "fusion", "parallel", "chain", "sweep"),
+    *("layer_kinds", "keep_counts", "sweep", "sparse", "arrivals", "layers", "examples"),
+    *("blockwise", "fusion", "parallel", "reference_models", "chain"),
 )
 
 
