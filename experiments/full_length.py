@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from dst.training import figures, log
 from experiments import paper
 from experiments.summary import RESULTS
-from experiments.tables import COLORS, LABELS, markdown, named, theirs
+from experiments.tables import COLORS, LABELS, WORDS, markdown, named, theirs
 
 EPOCHS = 200
 HEADER = ["network", "method", "sparsity", "ours", "seeds", "paper", "difference", "hours a run"]
@@ -101,21 +101,26 @@ def figure() -> Any:
     """Test accuracy over the epochs, a line a run, and the paper's numbers as dotted lines."""
     drawn = figures.figure(7.2, 3.8)
     axes = drawn.add_subplot()
-    for n, (cell, runs) in enumerate(cells().items()):
-        color = [*COLORS.values(), "#ccbb44", "#66ccee"][n % 6]
+    found = cells()
+    names = [*dict.fromkeys(cell.name for cell in found)]
+    networks = [*dict.fromkeys(cell.setting for cell in found)]
+    for cell, runs in found.items():
+        color = [*COLORS.values(), "#ccbb44", "#66ccee"][names.index(cell.name) % 6]
+        style = ["--", "-", "-."][networks.index(cell.setting) % 3]
+        label = f"{cell.name}, {WORDS.get(cell.setting[1], cell.setting[1])}"
         for run in runs:
             points = [
                 (e["epoch"], 100 * e["test_accuracy"]) for e in run.events if "test_loss" in e
             ]
-            axes.plot(*zip(*points, strict=True), color=color, lw=1.2, label=cell.name)
+            axes.plot(*zip(*points, strict=True), color=color, ls=style, lw=1.2, label=label)
         if cell.paper is not None:
             axes.axhline(cell.paper, color=color, ls=":", lw=1)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     axes.legend(unique.values(), unique.keys(), frameon=False, fontsize=8, loc="lower right")
     axes.set(xlabel="epoch", ylabel="test accuracy, %")
-    drawn_are = dict.fromkeys(f"{named(cell.setting)}, {cell.sparsity:.0%}" for cell in cells())
-    axes.set_title("; ".join([*drawn_are, "dotted: the paper's, at the end"]), fontsize=9)
+    data = dict.fromkeys(f"{WORDS[c.setting[0]]}, {c.sparsity:.0%}" for c in found)
+    axes.set_title("; ".join([*data, "dotted: the paper's, at the end"]), fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     return drawn

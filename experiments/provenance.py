@@ -15,18 +15,18 @@ from ml_collections import ConfigDict
 
 from dst.config import load
 from dst.training.log import headers, read
+from experiments.paper import VARIANTS
 from experiments.runs import ROOT, differing, flag, logged
 from experiments.scales import BASES
 from experiments.summary import RESULTS
 from experiments.tables import markdown
 
 MLP = "configs/cifar100_mlp.py"
-OF = {"vgg_dropout": "vgg"}  # trained with the config file of another model
 
 
 def command(config: ConfigDict) -> str:
     """`python -m dst.main` with what the config has beyond its file, seed and folders left out."""
-    base = BASES.get((config.dataset, OF.get(config.model, config.model)), MLP)
+    base = BASES.get((config.dataset, VARIANTS.get(config.model, config.model)), MLP)
     fields = {"method": config.method, **differing(config, load(str(ROOT / base)))}
     return shlex.join([f"--config={base}", *(flag(f, config[f]) for f in fields)])
 
