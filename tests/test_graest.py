@@ -61,10 +61,11 @@ def test_inputs_and_errors_share_their_signs_and_nothing_else_does():
     state = state_of(randoms(Ones(), x[0]))
     measure = heuristics.marginals_of(net, weighted, heuristics.HEURISTICS["graest"])
 
-    def one(key):
-        return jax.vmap(lambda b: measure(state.replace(key=key), b), axis_name=AXIS)(batch)
+    def of_keys(keys, batch):
+        return jax.vmap(lambda key: measure(state.replace(key=key), batch))(keys)
 
-    sketch = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 64))
+    keys, two = jax.random.split(jax.random.key(0), 64), jax.local_devices()[:2]
+    sketch = jax.pmap(of_keys, AXIS, in_axes=(None, 0), out_axes=1, devices=two)(keys, batch)
     value = {}
     for path, (f, g) in sketch.items():
         value[path] = np.asarray(f)[:, 0, 0]
