@@ -21,16 +21,7 @@ from dst.layers import BUILT_IN, Layer, kind_of
 from dst.layers.base import modules
 from dst.layers.fit import misfit
 from dst.layers.obstacle import jitted, mapped, unlike_float32
-from dst.network import (
-    Left,
-    Network,
-    input_of,
-    is_foreign,
-    layer_call,
-    layer_path,
-    refuse,
-    zero_output,
-)
+from dst.network import Left, Network, input_of, is_foreign, layer_path, refuse, skipping
 from dst.sown import Path, sown
 
 LOGGER = logging.getLogger("dst")
@@ -132,8 +123,7 @@ def _reasons(left: Mapping[str, Left]) -> str:
 
 
 def _globs(given: Globs) -> tuple[str, ...]:
-    several = isinstance(given, Sequence) and all(isinstance(glob, str) for glob in given)
-    if not several:
+    if not (isinstance(given, Sequence) and all(isinstance(glob, str) for glob in given)):
         found = repr(given) if isinstance(given, Sequence) else described(given)
         raise ConfigError(f"globs of layers must be strings such as 'encoder/*', not {found}.")
     return (given,) if isinstance(given, str) else tuple(given)
@@ -272,18 +262,12 @@ def _kernels_gone(net: Network, variables: Mapping[str, Any]) -> tuple[dict[str,
         "probes": traverse_util.unflatten_dict(empty),
     }
 
-    def skip(next_fun, arguments, keywords, context):
-        module = context.module
-        call = layer_call(net.layers, arguments, keywords, context)
-        if call is None or is_foreign(module):
-            return next_fun(*arguments, **keywords)
-        layer, h = call
+    def own(layer: Layer, module: nn.Module, *call: Any) -> None:
         if not module.has_variable("probes", ""):
             raise Unfit(layer.path, "nn.scan, nn.vmap or nn.RNN shares its kernel between calls")
-        return zero_output(layer, module, h)
 
     def run(collections: Mapping[str, Any], mutable: Any = True) -> Any:
-        with nn.intercept_methods(skip):
+        with skipping(net.layers, own):
             return _abstract_apply(net, collections, mutable)
 
     return rest, run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import flax.linen as nn
@@ -51,6 +51,10 @@ class Network(NamedTuple):
     def weights(self) -> int:
         """N and what stays dense: all parameters but biases and others of one axis."""
         return self.possible + sum(left.size for left in self.dense.values())
+
+    def overall(self, sparsity: float) -> float:
+        """The sparsity of all weights, from that of the layers that are sparse."""
+        return sparsity * self.possible / self.weights
 
     def summary(self, state: Any = None) -> None:
         """Prints a row a weight of two axes or more, and the totals; of a state its connections.
@@ -136,6 +140,30 @@ def refuse(path: str, why: str) -> NoReturn:
     raise ConfigError(
         f"layer {path!r} cannot be sparse: {why}; leave it dense with dense={path!r}."
     )
+
+
+def skipping(
+    layers: Mapping[str, Layer],
+    see: Callable[[Layer, Any, Any, jax.Array, Callable[[], Any]], Any],
+    another: Callable[[Any], bool] = is_foreign,
+) -> Any:
+    """A context in which sparse layers give zeros, their kernels untouched.
+
+    see(layer, module, h, y, call) is told of each: y are the zeros, call() is what the module would
+    do. What is `another` module, of the same path, runs as ever.
+    """
+
+    def interceptor(next_fun, args, kwargs, context):
+        module = context.module
+        found = layer_call(layers, args, kwargs, context)
+        if found is None or another(module):
+            return next_fun(*args, **kwargs)
+        layer, h = found
+        y = zero_output(layer, module, h)
+        see(layer, module, h, y, lambda: next_fun(*args, **kwargs))
+        return y
+
+    return nn.intercept_methods(interceptor)
 
 
 def zero_output(layer: Layer, module: Any, h: Any) -> jax.Array:

@@ -27,7 +27,7 @@ from dst.connections.backends.dispatch import covered
 from dst.connections.fusion import plainly, region
 from dst.errors import ConfigError
 from dst.layers.base import Layer
-from dst.network import is_foreign, layer_call, zero_output
+from dst.network import is_foreign, layer_call, skipping
 
 Array = jax.Array
 Tree = Mapping[str, Any]
@@ -256,17 +256,11 @@ def layer_calls(layers: Mapping[str, Layer], loss: Callable[[Tree], Array]) -> d
     def another(module):  # in `init`, which takes no probes, the model's own have no kernel yet
         return is_foreign(module) and not module.has_variable("probes", MARK)
 
-    def record(next_fun, args, kwargs, context):
-        module = context.module
-        call = layer_call(layers, args, kwargs, context)
-        if call is None or another(module):
-            return next_fun(*args, **kwargs)
-        layer, h = call[0], jnp.asarray(call[1])
-        y = zero_output(layer, module, h)
+    def record(layer, module, h, y, call):
+        h = jnp.asarray(h)
         shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
         calls[layer.path].append({"h": shape(layer.inputs(h)), "y": shape(layer.units(y))})
-        return y
 
-    with nn.intercept_methods(record):
+    with skipping(layers, record, another):
         jax.eval_shape(lambda: loss({"probes": nested({p: {MARK: jnp.zeros(0)} for p in layers})}))
     return calls

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -82,28 +82,61 @@ def init_state(
         raise ConfigError(f"keep must be 'global' without params, which it is about, not {keep!r}.")
     mask_key, weight_key, model_key, run_key = jax.random.split(key, 4)
     if params is None:
-        zero: set[str] = set()
-        variables = init_rest(net, model_key, functools.partial(note_zeros, zero))
-        counts = first_counts(net, method)
-        if init == "model":
-            weights = of_model(net, model_key)
-        else:
-            weights = of_fan_in(method, weight_key, zero)
-        layers = random_layers(net, counts, mask_key, weights)
+        first = drawn(net, method, init, mask_key, weight_key, model_key)
     else:
-        rest = jax.eval_shape(functools.partial(init_rest, net), model_key)
-        source = given(net, params, rest)
-        variables, positions = source.variables, kept(net, method, source, keep, mask_key)
-        counts = {path: position.size for path, position in positions.items()}
-        layers = ((p, source.values(path, p)) for path, p in positions.items())
+        first = taken(net, method, params, keep, mask_key, model_key)
+    memory_key = jax.random.fold_in(weight_key, len(net.layers))
+    return _begin(net, tx, method, first, memory_key, run_key)
+
+
+class First(NamedTuple):
+    """What a state begins with: the model's other variables, and its connections."""
+
+    variables: dict[str, Any]
+    counts: dict[str, int]  # of each layer
+    layers: Iterator[tuple[np.ndarray, np.ndarray]]  # flat positions and weights of each
+
+
+def drawn(
+    net: Network, method: Method, init: str, mask_key: Array, weight_key: Array, model_key: Array
+) -> First:
+    """Random connections, the weights of fan-in or of the model's initialisers."""
+    zero: set[str] = set()
+    variables = init_rest(net, model_key, functools.partial(note_zeros, zero))
+    counts = first_counts(net, method)
+    by_model = init == "model"
+    weights = of_model(net, model_key) if by_model else of_fan_in(method, weight_key, zero)
+    return First(variables, counts, random_layers(net, counts, mask_key, weights))
+
+
+def taken(
+    net: Network, method: Method, params: Any, keep: str, mask_key: Array, model_key: Array
+) -> First:
+    """The largest of the weights that one has, or a file's connections."""
+    rest = jax.eval_shape(functools.partial(init_rest, net), model_key)
+    source = given(net, params, rest)
+    positions = kept(net, method, source, keep, mask_key)
+    counts = {path: position.size for path, position in positions.items()}
+    layers = ((p, source.values(path, p)) for path, p in positions.items())
+    return First(source.variables, counts, layers)
+
+
+def _begin(
+    net: Network,
+    tx: optax.GradientTransformation,
+    method: Method,
+    first: First,
+    memory_key: Array,
+    run_key: Array,
+) -> SparseState:
+    variables = dict(first.variables)
     params = variables.pop("params")
     execution = EXECUTIONS[net.execution]
     check_steps(tx, params)
     execution.refuse(net, tx, params)
-    A, values = execution.connect(net, counts, layers)
+    A, values = execution.connect(net, first.counts, first.layers)
     params = A.put(params, values)
     recognise(jax.eval_shape(tx.init, params), params, values)
-    memory_key = jax.random.fold_in(weight_key, len(net.layers))
     own = first_memory(memories(method), method, A, values, memory_key)
     return SparseState(
         step=jnp.int32(0),

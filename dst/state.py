@@ -70,5 +70,5 @@ def sparsity_of(source: SparseState | Connections, net: Network | None = None) -
     the overall sparsity, in which what stays dense counts too.
     """
     connections = source.masks if isinstance(source, SparseState) else source
-    share = 1.0 if net is None else net.possible / net.weights
-    return connections.sparsity() * share
+    sparsity = connections.sparsity()
+    return sparsity if net is None else net.overall(sparsity)

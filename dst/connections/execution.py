@@ -34,7 +34,7 @@ from dst.connections.products import (
     product,
 )
 from dst.layers.conv import fast_convolution
-from dst.network import Network, layer_call, zero_output
+from dst.network import Network, layer_call, skipping
 
 Array = jax.Array
 
@@ -267,17 +267,11 @@ def expanded_layers(net: Network) -> dict[str, bool]:
     """Of each layer but matrices, whether its dense kernel is made for the moment of the call."""
     expanded: dict[str, bool] = {}
 
-    def record(next_fun, args, kwargs, context):
-        call = layer_call(net.layers, args, kwargs, context)
-        if call is None:
-            return next_fun(*args, **kwargs)
-        layer, h = call
-        y = zero_output(layer, context.module, h)
+    def record(layer, module, h, y, call):
         if not layer.matrix:
             x = jax.ShapeDtypeStruct(jnp.shape(h), y.dtype)
             expanded[layer.path] = not covered(layer, jax.ShapeDtypeStruct((), jnp.float32), x)
-        return y
 
-    with nn.intercept_methods(across_devices), nn.intercept_methods(record):
+    with nn.intercept_methods(across_devices), skipping(net.layers, record):
         jax.eval_shape(lambda *a: net.model.init(jax.random.key(0), *a, **net.kwargs), *net.args)
     return expanded

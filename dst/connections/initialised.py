@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from dst.axis import across_devices
-from dst.network import Network, is_foreign, layer_call, zero_output
+from dst.layers import Layer
+from dst.network import Network, skipping
 from dst.sown import without
 
 Array = jax.Array
@@ -56,20 +57,14 @@ def _init(
     The others' may be there, for what XLA makes nothing of.
     """
 
-    def without_kernels(next_fun, args, kwargs, context):
-        module = context.module
-        call = layer_call(net.layers, args, kwargs, context)
-        if call is None or is_foreign(module):
-            return next_fun(*args, **kwargs)
-        layer, h = call
+    def make(layer: Layer, module: Any, h: Any, y: Array, call: Callable[[], Any]) -> None:
         seen(layer.path, module)
         if layer.path in paths:
-            next_fun(*args, **kwargs)
+            call()
         else:
-            layer.init(module, lambda: next_fun(*args, **kwargs))
-        return zero_output(layer, module, h)
+            layer.init(module, call)
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), net.args)
-    with nn.intercept_methods(across_devices), nn.intercept_methods(without_kernels):
+    with nn.intercept_methods(across_devices), skipping(net.layers, make):
         variables = flax.core.unfreeze(net.model.init(key, *zeros, **net.kwargs))
     return nn.meta.unbox(variables)

@@ -12,12 +12,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from dst.layers import window as windows
 from dst.layers.base import Layer
 from dst.layers.conv_nd import ConvND
 from dst.layers.convolution import convolve
 from dst.layers.obstacle import changed
-from dst.layers.window import PIXEL, Window, window_of
+from dst.layers.window import PIXEL, Window, uncovered, window_of
 
 Array = jax.Array
 
@@ -42,7 +41,7 @@ class Conv(ConvND):
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
-        if why := changed(module, cls.module_type) or windows.obstacle(module):
+        if why := changed(module, cls.module_type) or uncovered(module):
             return why
         if module.mask is not None:
             return "a mask= of its own"

@@ -20,8 +20,8 @@ class Window(NamedTuple):
     """Where a kernel of some size reads for each output position, an entry a dimension."""
 
     strides: tuple[int, ...]
-    padding: Any = "SAME"  # or another of ZEROS, or how many before and after
-    dilation: tuple[int, ...] = ()
+    padding: Any  # one of ZEROS, or how many before and after
+    dilation: tuple[int, ...]
     repeats: str = ""  # how h is padded with itself beforehand, a value of REPEATING
 
     def extent(self, size: Sequence[int]) -> list[int]:
@@ -70,7 +70,7 @@ def window_of(module: Any) -> tuple[tuple[int, ...], Window]:
     return size, Window(strides, padding, dilation)
 
 
-def obstacle(module: Any) -> str | None:
+def uncovered(module: Any) -> str | None:
     """Why the window of an `nn.Conv` is not covered; None if it is."""
     size = each(module.kernel_size, 1)
     if set(each(module.input_dilation, len(size))) != {1}:

@@ -253,8 +253,8 @@ def end(run: Parts, state: SparseState, step: int, test: dict[str, float] | None
 
 def sparsities(run: Parts, state: SparseState) -> dict[str, float]:
     """Of the layers that are sparse, and overall, with what stays dense."""
-    overall = sparsity_of(state.masks, run.net)
-    return {"sparsity": sparsity_of(state.masks), "overall_sparsity": overall}
+    eligible = sparsity_of(state.masks)
+    return {"sparsity": eligible, "overall_sparsity": run.net.overall(eligible)}
 
 
 def collapsed_layers(

@@ -48,13 +48,13 @@ def train(
             state, metrics = update(state, batch(step))
             if (step + 1) % every == 0 or step + 1 == steps:
                 numbers = {"loss": float(metrics["loss"]), **evaluate(state)}
-                sparsity = dst.sparsity_of(state.masks), dst.sparsity_of(state.masks, net)
+                sparsity = dst.sparsity_of(state)
                 writer.write(
                     "end" if step + 1 == steps else "eval",
                     step + 1,
                     **numbers,
-                    sparsity=sparsity[0],
-                    overall_sparsity=sparsity[1],
+                    sparsity=sparsity,
+                    overall_sparsity=net.overall(sparsity),
                     seconds=time.monotonic() - begin,
                 )
                 bar.show(step + 1, **numbers)
