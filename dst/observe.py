@@ -81,7 +81,8 @@ def _subset_backward(layer, residual, delta):
     h, subset = residual
     column, output = jnp.divmod(subset, layer.n_out)
     if covered(layer, delta, h):
-        x, d = (kernels.Read(a.reshape(-1, *a.shape[-3:])) for a in (h, delta))
+        x = kernels.Read(layer.slices(layer.maps(h)))
+        d = kernels.Read(delta.reshape(-1, *delta.shape[-3:]))
         G = kernels.convolve_gradient_on(column, output, x, d, layer)
         return None, delta_after(delta, G), G, None
     gradient = layer.gradient_at(*layer.by_unit(h, delta), column, output)

@@ -31,10 +31,20 @@ def normal(rng, *shape):
 
 
 def make(
-    seed, batch, sides, channels, taps, strides=(1, 1), padding="SAME", dilation=(1, 1), p=0.3
+    seed,
+    batch,
+    sides,
+    channels,
+    taps,
+    strides=(1, 1),
+    padding="SAME",
+    dilation=(1, 1),
+    p=0.3,
+    groups=1,
 ):
     rng = np.random.default_rng(seed)
-    layer = Conv("layer", (*taps, *channels), None, Window(strides, padding, dilation))
+    shape = *taps, channels[0] // groups, channels[1]
+    layer = Conv("layer", shape, None, Window(strides, padding, dilation), groups)
     n_in = layer.columns
     W = np.where(rng.random((n_in, layer.n_out)) < p, normal(rng, n_in, layer.n_out), 0)
     output, column = np.nonzero(W.T)
@@ -66,19 +76,19 @@ def gradient(case):
     return k[0] * case.delta + k[1] * case.other + k[2]
 
 
-FRAME = 12  # zeros around a map in NumPy, more than any padding here
+FRAME = 16  # zeros around a map in NumPy, more than any padding here
 
 
 def taps_of(layer, framed, pads, out):
     """(flat tap, what it reads for every output pixel, a view of the maps in their frames)."""
     (sx, sy), (dx, dy) = layer.window.strides, layer.window.dilation
     (top, _), (left, _) = pads
-    for a in range(layer.shape[0]):
-        for b in range(layer.shape[1]):
+    for a in range(layer.dims[0]):
+        for b in range(layer.dims[1]):
             row, column = FRAME - top + a * dx, FRAME - left + b * dy
             rows = slice(row, row + (out[0] - 1) * sx + 1, sx)
             columns = slice(column, column + (out[1] - 1) * sy + 1, sy)
-            yield a * layer.shape[1] + b, framed[:, rows, columns]
+            yield a * layer.dims[1] + b, framed[:, rows, columns]
 
 
 def expected(case):
@@ -87,7 +97,9 @@ def expected(case):
     frame = (FRAME, FRAME)
     x = np.pad(case.x.astype(np.float64), ((0, 0), frame, frame, (0, 0)))
     delta, out = case.delta.astype(np.float64), case.delta.shape[1:3]
-    W = case.W.reshape(-1, *layer.shape[2:]).astype(np.float64)
+    pairs = read_by(layer), np.arange(layer.n_out)
+    W = np.zeros((len(case.W) // layer.n_in, layer.channels, layer.n_out))
+    W[:, *pairs] = case.W.reshape(-1, layer.n_in, layer.n_out)
     y, dx, dW = np.zeros(delta.shape), np.zeros(x.shape), np.zeros(W.shape)
     writes = dict(taps_of(layer, dx, pads, out))
     for tap, seen in taps_of(layer, x, pads, out):
@@ -95,7 +107,13 @@ def expected(case):
         dW[tap] = np.einsum("nhwi,nhwo->io", seen, delta)
         writes[tap][...] += delta @ W[tap].T
     dx = dx[:, FRAME:-FRAME, FRAME:-FRAME]
-    return y, dx, dW.reshape(case.W.shape)
+    return y, dx, dW[:, *pairs].reshape(case.W.shape)
+
+
+def read_by(layer):
+    """The channels that each output reads: (n_in, n_out)."""
+    group = np.arange(layer.n_out) // (layer.n_out // layer.groups)
+    return group * layer.n_in + np.arange(layer.n_in)[:, None]
 
 
 def near(got, wanted, tolerance=3e-6):

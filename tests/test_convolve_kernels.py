@@ -111,6 +111,10 @@ CASES = {
     "more sums than a cache": ((16, (4, 6), (32, 40), (3, 3)), {"p": 0.7}),
     "rows for all threads": ((64, (20, 20), (8, 8), (3, 3)), {}),
     "no connection": ((4, (5, 5), (2, 3), (3, 3)), {"p": 0.0}),
+    "groups": ((20, (6, 7), (6, 9), (3, 2)), {"groups": 3, "strides": (2, 1)}),
+    "depthwise": ((40, (9, 8), (12, 12), (7, 7)), {"groups": 12}),
+    "two outputs a channel": ((33, (5, 5), (4, 8), (3, 3)), {"groups": 4, "dilation": (1, 2)}),
+    "sequences, 31 places": ((17, (1, 40), (6, 6), (1, 31)), {"groups": 6}),
 }
 
 
@@ -129,14 +133,16 @@ pads = st.tuples(st.integers(0, 3), st.integers(0, 3))
     seed=st.integers(0, 2**32 - 1),
     batch=st.integers(1, 150),
     sides=st.tuples(sides, sides),
-    channels=st.tuples(few, few),
+    each=st.tuples(few, few),
+    groups=st.integers(1, 3),
     taps=st.tuples(taps, taps),
     strides=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     padding=st.one_of(st.just("SAME"), st.just("VALID"), st.tuples(pads, pads)),
     dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     threads=st.integers(1, 3),
 )
-def test_any_convolution_matches_a_float64_one(threads, **geometry):
+def test_any_convolution_matches_a_float64_one(threads, each, **geometry):
+    geometry["channels"] = tuple(n * geometry["groups"] for n in each)
     window = Window(*(geometry[name] for name in ("strides", "padding", "dilation")))
     layer = Conv("layer", (*geometry["taps"], 1, 1), None, window)
     if min(layer.output_sides(geometry["sides"])) > 0:
@@ -212,10 +218,12 @@ def test_wrong_arguments_are_named():
             run(case, arrays=arrays)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a pair lies outside of the kernel"):
         run(case, pairs=[np.int32([0]), np.int32([3])])
-    window = case.layer.window._replace(padding=((6, 6), (0, 0)))
-    wide = dataclasses.replace(case.layer, shape=(13, 1, 2, 3), window=window)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="kernels have 1 to 11 rows"):
+    window = case.layer.window._replace(padding=((16, 16), (0, 0)))
+    wide = dataclasses.replace(case.layer, shape=(33, 1, 2, 3), window=window)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="kernels have 1 to 32 rows"):
         run(case, layer=wide)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="channels are divisible by slices"):
+        run(case, layer=dataclasses.replace(case.layer, groups=2))
 
 
 def test_scratch_is_of_the_size_of_connections_units_and_rings(monkeypatch):

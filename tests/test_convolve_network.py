@@ -185,7 +185,7 @@ class Uncovered(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=True):
-        x = nn.Conv(4, (12, 1), name="large")(x)
+        x = nn.Conv(4, (33, 1), name="large")(x)
         x = nn.Conv(4, (3, 3), dtype=jnp.bfloat16, name="narrow")(x).astype(jnp.float32)
         return nn.Dense(3)(nn.Conv(4, (3, 3), name="plain")(x).mean((1, 2)))
 

@@ -140,6 +140,12 @@ BODIES = {
         (lambda x: nn.max_pool(nn.relu(norm()(conv()(x))), (3, 3), padding="SAME"), 1),
         (lambda x: nn.avg_pool(nn.relu(norm()(conv()(x))), (2, 1)), 1),
     ],
+    "kinds": [
+        (lambda x: nn.relu(norm()(conv(feature_group_count=3)(x))), 1),
+        (lambda x: nn.relu(norm()(nn.Conv(6, (7, 7), feature_group_count=6)(x))), 1),
+        (lambda x: nn.relu(norm()(nn.Conv(6, (3, 2, 2))(x[..., None, :])))[..., 0, :], 0),
+        (lambda x: nn.relu(norm()(nn.Conv(6, (14,))(x))), 0),
+    ],
     "norms": [
         (lambda x: nn.relu(norm()(conv(use_bias=True)(x))), 1),
         (lambda x: nn.relu(norm(use_scale=False, use_bias=False)(conv()(x))), 1),
@@ -227,6 +233,7 @@ def test_a_rewire_sees_the_same_in_a_fused_model():
 
     def body(x):
         x = pool(residual(two_readers(x)), (2, 2))
+        x = nn.relu(norm()(conv(feature_group_count=3)(x)))
         return nn.relu(norm()(conv(use_bias=True)(conv()(x))))
 
     net, state, images = parts(body)
@@ -248,7 +255,7 @@ def test_a_rewire_sees_the_same_in_a_fused_model():
             return sums, probes.gradient_on(one.layers, loss, S)
 
         found.append(jax.jit(look)(state.params))
-        assert set(count) == ({5} if one.fuse else set())
+        assert set(count) == ({6} if one.fuse else set())
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         near(np.asarray(a), np.asarray(b), 2e-5)
 

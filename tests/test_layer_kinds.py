@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dst
+from dst.connections.backends import cpp as kernels
+from dst.connections.execution import described
 from dst.layers import kind_of
 from dst.layers.conv_nd import ConvND
 from dst.layers.fit import misfit
@@ -30,6 +32,7 @@ MODULES = {
     "circular": (nn.Conv(3, (3, 4), padding="CIRCULAR", strides=(2, 1)), (2, 5, 6, 4)),
     "reflect": (nn.Conv(3, 3, padding="REFLECT", kernel_dilation=2), (2, 9, 4)),
     "volume": (nn.Conv(3, (2, 1, 3), strides=(1, 2, 1), padding=1), (2, 3, 4, 5, 4)),
+    "four dimensions": (nn.Conv(3, (2, 1, 2, 1), strides=(1, 1, 2, 1)), (2, 3, 2, 4, 2, 4)),
     "groups": (nn.Conv(6, (3, 2), feature_group_count=2, kernel_dilation=(1, 2)), (2, 5, 6, 4)),
     "depthwise": (nn.Conv(8, 3, feature_group_count=4, padding="VALID"), (2, 9, 4)),
 }
@@ -92,8 +95,14 @@ def test_gradients_on_a_subset_and_sums_are_autodiffs():
     assert sums["depthwise"][0].shape == (8,) and net.layers["depthwise"].n_in == 1
 
 
-# What reads a layer's kind: signed sums and the gradient on S, blocks of its gradient.
-RUNS = [("gse", {"heuristic": "graest"}), ("rigl", {"growth_memory": "streamed"})]
+# What reads a layer's kind: sums, signed ones, the gradient on S, blocks of its gradient.
+RUNS = [("gse", {}), ("gse", {"heuristic": "graest"}), ("rigl", {"growth_memory": "streamed"})]
+
+
+@pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
+def test_the_kernels_compute_all_of_them():
+    net, _, state = started("sparse")
+    assert described(net, state.params, state.masks, {}) == "compiled kernels"
 
 
 @pytest.mark.parametrize(("name", "options"), RUNS, ids=str)

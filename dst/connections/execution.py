@@ -202,18 +202,17 @@ def _linear(
             y = add_bias(y, bias.astype(y.dtype))
         return y.T.reshape(*h.shape[:-1], part.n_out).astype(h.dtype), values
     if covered(part.layer, values, h):
-        images = h.reshape(-1, *h.shape[-3:])
         body = frozen_convolution if frozen else convolution
 
         def run(values, column, pointer, x):
             return body(part, values, Arena(column, pointer, ()), x)
 
         what = "convolution", part, frozen
-        found = mark(what, run, values, arena.column, arena.pointer, images)
+        found = mark(what, run, values, arena.column, arena.pointer, part.layer.maps(h))
         y, values = (found, values) if frozen else found
         if bias is not None:
             y = mark(("bias",), add_channel_bias, y, bias)
-        return y.reshape(*h.shape[:-3], *y.shape[1:]), values
+        return y.reshape(part.layer.output(h, y.dtype).shape), values
     y, values = _expanded(part, values, arena, h, frozen)
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)), values
 

@@ -80,15 +80,17 @@ def _product_gradients(part, values, arena, h, delta, gradient):
 
 
 def _convolve(part: Part, values: Array, arena: Arena, x: Array) -> Array:
-    """y = W * x, `covered`: (N, H, W, n_in) -> (N, H', W', n_out)."""
-    pointer = arena.pointer_of(part)
-    return kernels.convolve(values, arena.column, pointer, kernels.Read(x), part.layer)[0]
+    """y = W * x, `covered`: (B, sides, channels) -> (N, H', W', n_out), see `Layer.slices`."""
+    pointer, read = arena.pointer_of(part), kernels.Read(part.layer.slices(x))
+    return kernels.convolve(values, arena.column, pointer, read, part.layer)[0]
 
 
 def _convolution_gradients(part, values, arena, x, delta, gradient):
-    pointer = arena.pointer_of(part)
-    maps = kernels.Read(x), kernels.Read(delta)
-    return kernels.convolve_backward(values, arena.column, pointer, *maps, gradient, part.layer)[:2]
+    # Not saved on the way forwards: the slices of a volume are k times as large.
+    slices, pull = jax.vjp(part.layer.slices, x)
+    given = values, arena.column, arena.pointer_of(part), kernels.Read(slices), kernels.Read(delta)
+    dx, gradient, _ = kernels.convolve_backward(*given, gradient, part.layer)
+    return pull(dx)[0], gradient
 
 
 # (y, values) of connections whose values are trained, and y alone of others.

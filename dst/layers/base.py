@@ -44,7 +44,7 @@ class Layer:
 
     module_type: ClassVar[type[nn.Module]]  # whose calls are such layers, subclasses' too
     matrix: ClassVar[bool] = False  # y = h @ kernel: multiplied without its dense kernel, in blocks
-    convolves: ClassVar[bool] = False  # `taps` and `output_sides` are there for compiled kernels
+    convolves: ClassVar[bool] = False  # compiled kernels compute it from `slices` and `taps`
     large: ClassVar[bool] = True  # h and delta of all calls are too large to hold, if it can be
     plural: ClassVar[str] = ""  # how the log calls them
 
@@ -128,12 +128,24 @@ class Layer:
         """`apply` in the way that suits this backend best."""
         return self.apply(h, kernel)
 
+    def maps(self, h: Array) -> Array:
+        """Maps, or rows, of a batch: (..., sides, n) -> (B, sides, n)."""
+        return h.reshape(-1, *h.shape[1 - len(self.dims) :])
+
+    def slices(self, x: Array) -> Array:
+        """Maps (N, H, W, C) that a kernel of rows and columns reads, of (B, sides, n)."""
+        return x
+
     def output_sides(self, sides: tuple[int, ...]) -> list[int]:
         """H', W' of a convolution on maps of H, W."""
         raise NotImplementedError
 
     def taps(self, sides: tuple[int, ...]) -> list[int]:
-        """kx, ky, strides, rows and columns of zeros before a map of H, W, and dilations."""
+        """What compiled kernels ask for, of maps of H, W, two numbers each but for the first.
+
+        Slices and groups of channels, kernel, strides, rows and columns of zeros before a map,
+        dilations.
+        """
         raise NotImplementedError
 
     # --------------------------------------------------------------------------- of h and delta

@@ -1,16 +1,18 @@
-"""`nn.Conv` in one and two dimensions: strides, padding and kernel dilation, channels last.
+"""`nn.Conv` as CPUs compute it best: on maps of rows and columns, channels last.
 
-A convolution over sequences is one over maps of one row. Three dimensions and groups of channels
-are in `conv_nd.py`, and all mathematics.
+A convolution over sequences is one over maps of one row; one over volumes is one over maps with the
+slices that it reads side by side as channels. All mathematics are in `conv_nd.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from dst.layers.base import Layer
 from dst.layers.conv_nd import ConvND
@@ -23,7 +25,10 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Conv(ConvND):
-    """A kernel (kx, ky, n_in, n_out) on maps (..., H, W, n_in); (k, n_in, n_out) on sequences."""
+    """A kernel (kx, ky, n_in, n_out) on maps (..., H, W, channels); with one place more or less.
+
+    (k, n_in, n_out) on sequences, (kz, kx, ky, n_in, n_out) on volumes.
+    """
 
     window: Window = PIXEL  # of maps
 
@@ -35,9 +40,9 @@ class Conv(ConvND):
         size, window = window_of(module)
         groups = module.feature_group_count
         shape = (*size, h.shape[-1] // groups, module.features)
-        if len(size) > 2 or groups > 1:
+        if len(size) > 3:
             return ConvND(path, shape, module.precision, window, groups)
-        return cls(path, shape, module.precision, on_maps(window))
+        return cls(path, shape, module.precision, on_maps(window), groups)
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
@@ -64,28 +69,41 @@ class Conv(ConvND):
 
     @property
     def places(self) -> tuple[int, int]:
-        return self.dims[0], self.dims[1]
+        return self.dims[0], math.prod(self.dims[1:-2])
 
     def apply_fast(self, h: Array, kernel: Array) -> Array:
-        if jax.default_backend() != "cpu":
+        if jax.default_backend() != "cpu" or len(self.kernel_size) > 2 or self.groups > 1:
             return self.apply(h, kernel)
         y = convolve(self, self.maps(h), kernel)
         return y.reshape(*h.shape[:-3], *y.shape[1:])
 
+    # -------------------------------------------------------------------- as compiled kernels read
+    @property
+    def plane(self) -> tuple[tuple[int, ...], Window]:
+        """Rows and columns of the kernel, and their window."""
+        return self.kernel_size[-2:], self.window.last(2)
+
+    def slices(self, x: Array) -> Array:
+        if len(self.kernel_size) == 2:
+            return x
+        x = jnp.concatenate(self.along(x, 0), -1)
+        return x.reshape(-1, *x.shape[2:])
+
     def output_sides(self, sides: tuple[int, ...]) -> list[int]:
-        extent = self.window.extent(self.places)
-        steps = zip(extent, self.window.strides, self.pads(sides), sides, strict=True)
-        return [(n + sum(pad) - extent) // stride + 1 for extent, stride, pad, n in steps]
+        size, window = self.plane
+        return window.output_sides(size, sides)
 
     def taps(self, sides: tuple[int, ...]) -> list[int]:
-        (top, _), (left, _) = self.pads(sides)
-        return [*self.places, *self.window.strides, top, left, *self.window.dilation]
+        size, window = self.plane
+        (top, _), (left, _) = window.pads(size, sides)
+        depth = math.prod(self.kernel_size[:-2])
+        return [depth, self.groups, *size, *window.strides, top, left, *window.dilation]
 
 
 def on_maps(window: Window) -> Window:
     """The window of a convolution over sequences as one over maps of one row."""
     strides, padding, dilation, repeats = window
-    if len(strides) == 2:
+    if len(strides) > 1:
         return window
     zeros = padding if isinstance(padding, str) else ((0, 0), *padding)
     return Window((1, *strides), zeros, (1, *dilation), repeats)

@@ -1,4 +1,4 @@
-"""Convolutions in any number of dimensions and over groups of channels, depthwise too.
+"""The mathematics of convolutions: any number of dimensions, and groups of channels.
 
 An output o of a grouped convolution reads the channels of its own group only. So its kernel has
 n_in = channels / groups inputs, and the pairs (i, o) of a channel and an output that there are is
@@ -36,7 +36,7 @@ class ConvND(Layer):
     groups: int = 1
 
     module_type = nn.Conv
-    plural = "convolutions of three dimensions or of groups"
+    plural = "convolutions of four dimensions or more"
 
     def init(self, module: Any, call: Any) -> None:
         init_bias(module, (self.n_out,))
@@ -57,9 +57,16 @@ class ConvND(Layer):
         """Zeros around a map of these sides."""
         return self.window.pads(self.kernel_size, sides)
 
-    def maps(self, x: Array) -> Array:
-        """(..., sides, n) -> (B, sides, n)."""
-        return x.reshape(-1, *x.shape[-len(self.kernel_size) - 1 :])
+    def along(self, x: Array, axis: int) -> list[Array]:
+        """What each place of the window along one axis reads: (B, sides, n), one of them sides'."""
+        window, size, sides = self.window, self.kernel_size, x.shape[1:-1]
+        stride, step = window.strides[axis], window.dilation[axis]
+        pads = [(0, 0, 0)] * x.ndim
+        pads[axis + 1] = (*self.pads(sides)[axis], 0)
+        x = lax.pad(x, jnp.zeros((), x.dtype), pads)
+        reach = (window.output_sides(size, sides)[axis] - 1) * stride + 1
+        starts = [place * step for place in range(size[axis])]
+        return [lax.slice_in_dim(x, t, t + reach, stride, axis=axis + 1) for t in starts]
 
     # ------------------------------------------------------------------------------------- forward
     def apply(self, h: Array, kernel: Array) -> Array:

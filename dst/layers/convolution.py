@@ -26,7 +26,10 @@ FEW_PIXELS = 4
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def convolve(layer: Conv, x: Array, kernel: Array) -> Array:
-    """`layer.apply` with dW as one dot: (B, H, W, I), (k, l, I, O) -> (B, H', W', O)."""
+    """`layer.apply`, of one group, with dW as one dot.
+
+    Shapes: (B, H, W, I), (k, l, I, O) -> (B, H', W', O).
+    """
     return _product(layer, kernel, x)
 
 
@@ -35,28 +38,18 @@ def _product(layer: Conv, kernel: Array, x: Array) -> Array:
     if out.shape[1] * out.shape[2] > FEW_PIXELS:
         return layer.apply(x, kernel)
     y = jnp.zeros(out.shape, out.dtype)
-    for a, row in enumerate(_shifted(layer, x, 0, out.shape[1])):
-        for b, pixel in enumerate(_shifted(layer, row, 1, out.shape[2])):
+    for a, row in enumerate(layer.along(x, 0)):
+        for b, pixel in enumerate(layer.along(row, 1)):
             tap = kernel[a, b]
             y += jnp.einsum("bhwi,io->bhwo", pixel, tap, precision=layer.precision)
     return y
-
-
-def _shifted(layer: Conv, x: Array, axis: int, size: int) -> list[Array]:
-    """What each tap of the kernel along `axis` (0 or 1) reads, `size` pixels long there."""
-    pad = layer.pads(x.shape[1:3])[axis]
-    stride, step = layer.window.strides[axis], layer.window.dilation[axis]
-    x = jnp.pad(x, [pad if i == axis + 1 else (0, 0) for i in range(4)])
-    reach = (size - 1) * stride + 1
-    starts = [tap * step for tap in range(layer.dims[axis])]
-    return [lax.slice_in_dim(x, t, t + reach, stride, axis=axis + 1) for t in starts]
 
 
 def _weight_gradient(layer: Conv, x: Array, delta: Array) -> Array:
     """dW[a, b, i, o]: the columns' shifts go to x, the rows' to delta, and one dot sums them."""
     height, strides = x.shape[1], layer.window.strides
     (top, _), _ = layer.pads(x.shape[1:3])
-    columns = _shifted(layer, x, 1, delta.shape[2])
+    columns = layer.along(x, 1)
     last = (delta.shape[1] - 1) * strides[0]
     rows = []
     for tap in range(layer.dims[0]):

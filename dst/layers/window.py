@@ -34,6 +34,16 @@ class Window(NamedTuple):
             return self.padding
         return tuple(lax.padtype_to_pads(sides, self.extent(size), self.strides, self.padding))
 
+    def output_sides(self, size: Sequence[int], sides: Sequence[int]) -> list[int]:
+        """Positions for which a kernel of this size reads a map of these sides."""
+        each = zip(self.extent(size), self.strides, self.pads(size, sides), sides, strict=True)
+        return [(n + sum(pad) - extent) // stride + 1 for extent, stride, pad, n in each]
+
+    def last(self, axes: int) -> Window:
+        """Its last axes alone."""
+        padding = self.padding if isinstance(self.padding, str) else self.padding[-axes:]
+        return Window(self.strides[-axes:], padding, self.dilation[-axes:])
+
     def repeated(self, size: Sequence[int], h: Array) -> Array:
         """h padded with itself, (..., sides, n)."""
         if not self.repeats:

@@ -22,17 +22,64 @@ from dst.training.steps import optimizer
 from experiments.benchmarks import measure
 from experiments.benchmarks.step import plain_step
 
+
+class Stack(nn.Module):
+    """Four residual blocks of a kind, between a first convolution and a head."""
+
+    block: Callable[[Any], Any]
+    size: tuple[int, ...]
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        x = nn.Conv(self.channels, self.size)(x)
+        for _ in range(4):
+            x = x + self.block(x)
+        return nn.Dense(10)(x.mean(range(1, x.ndim - 1)))
+
+
+def depthwise(x: Any) -> Any:
+    """ConvNeXt's block: 7x7 on each channel, then two products of a pixel's channels."""
+    n = x.shape[-1]
+    y = nn.LayerNorm()(nn.Conv(n, (7, 7), feature_group_count=n)(x))
+    return nn.Dense(n)(nn.gelu(nn.Dense(4 * n)(y)))
+
+
+def grouped(x: Any) -> Any:
+    """ResNeXt's 3x3 convolution of 8 groups, between two of single pixels."""
+    n, norm = x.shape[-1], lambda x: nn.BatchNorm(False)(x)
+    y = nn.relu(norm(nn.Conv(n, (1, 1))(x)))
+    y = nn.relu(norm(nn.Conv(n, (3, 3), feature_group_count=8)(y)))
+    return norm(nn.Conv(n, (1, 1))(y))
+
+
+def volume(x: Any) -> Any:
+    """A 3x3x3 convolution."""
+    return nn.relu(nn.Conv(x.shape[-1], (3, 3, 3))(x))
+
+
 BATCH, CLASSES, EVERY = 128, 100, 1000
 RATE = 0.01  # so that hundreds of steps on one batch stay finite
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "vgg": (lambda: VGG16(CLASSES), (32, 32, 3)),
     "resnet": (lambda: ResNet(56, CLASSES), (32, 32, 3)),
     "mlp": (lambda: MLP((4096, 4096), 10), (1024,)),
+    "depthwise": (lambda: Stack(depthwise, (3, 3), 96), (16, 16, 3)),
+    "groups": (lambda: Stack(grouped, (3, 3), 128), (16, 16, 3)),
+    "volume": (lambda: Stack(volume, (3, 3, 3), 32), (12, 12, 12, 3)),
     # Their memory is nothing; they load the code that is also the others'.
     "small cnn": (lambda: ResNet(8, CLASSES), (32, 32, 3)),
     "small mlp": (lambda: MLP((64, 64), 10), (1024,)),
 }
-NAMES = {"vgg": "VGG-16", "resnet": "ResNet-56", "mlp": "1024-4096-4096-10"}
+WHOLE = ("vgg", "resnet")  # measured in all variants, and their rewires
+NAMES = {
+    "vgg": "VGG-16",
+    "resnet": "ResNet-56",
+    "mlp": "1024-4096-4096-10",
+    "depthwise": "4 blocks of ConvNeXt, 96 channels",
+    "groups": "4 blocks of ResNeXt, 128 channels in 8 groups",
+    "volume": "5 convolutions of 3x3x3, 32 channels",
+}
 METHODS = {
     "GSE-GraBo": ("gse", {}),
     "GSE-GraEst": ("gse", {"heuristic": "graest"}),

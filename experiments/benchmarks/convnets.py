@@ -1,8 +1,8 @@
 """VGG-16 and ResNet-56: sparse and masked execution, plain Flax and PyTorch, in one run.
 
-    python -m experiments.benchmarks.convnets [--models vgg resnet mlp] [--malloc default kept]
-        [--sparsity 0.98 0.95 0.9] [--rounds vgg=15 resnet=5 mlp=15] [--rewires 3]
-        [--out FILE.jsonl]
+    python -m experiments.benchmarks.convnets [--models vgg resnet mlp depthwise groups volume]
+        [--malloc default kept] [--sparsity 0.98 0.95 0.9] [--rounds vgg=15 resnet=5 mlp=15]
+        [--rewires 3] [--out FILE.jsonl]
     python -m experiments.benchmarks.convnets --show FILE.jsonl     # the tables of a log
 
 Batch 128, float32, two threads, random images, SGD with momentum and weight decay. Every variant,
@@ -16,8 +16,8 @@ Masked execution and the dense variants take the same time at any sparsity: they
 and so does sparse execution without fusing.
 
 Peaks are what a fresh process grows by, see `measure`: with a malloc that gives buffers back at
-once and, for what users would get, with the one that keeps. "mlp" has sparse and masked steps
-only; the rest is in `mlp.py`.
+once and, for what users would get, with the one that keeps. But for
+VGG-16 and ResNet-56 only sparse and masked steps are measured; the rest of "mlp" is in `mlp.py`.
 
 PyTorch (`pip install -e .[bench]`) is left out where it is not installed, and that is said. On a
 busy machine OMP_WAIT_POLICY=passive keeps its threads from spinning for one that does not run, ten
@@ -43,10 +43,10 @@ import numpy as np
 
 from dst.training import runtime
 from experiments.benchmarks import convnet_steps, convnet_table, measure, turns
-from experiments.benchmarks.convnet_steps import Case, program_of
+from experiments.benchmarks.convnet_steps import WHOLE, Case, program_of
 
 MALLOCS = ("default", "kept")
-ROUNDS = {"vgg": 15, "resnet": 5, "mlp": 15}
+ROUNDS = {"vgg": 15, "resnet": 5, "mlp": 15, "depthwise": 9, "groups": 9, "volume": 9}
 REWIRES = 3
 FULL = 0  # what `measure.growth` calls the network that is measured
 
@@ -56,14 +56,14 @@ def cases(model: str, sparsities: list[float]) -> Iterator[Case]:
     """The variants whose steps are compared."""
     yield from (Case(model, "sparse", sparsity) for sparsity in sparsities)
     yield Case(model, "masked", sparsities[0])
-    if model != "mlp":
+    if model in WHOLE:
         yield Case(model, "sparse, not fused", sparsities[0])
         yield from (Case(model, variant) for variant in convnet_steps.DENSE)
 
 
 def rewires(cases: list[Case]) -> list[Case]:
     """Those of these networks."""
-    own = [c for c in cases if c.variant not in convnet_steps.DENSE and c.model != "mlp"]
+    own = [c for c in cases if c.variant not in convnet_steps.DENSE and c.model in WHOLE]
     return [case._replace(what="rewire") for case in own]
 
 
@@ -167,7 +167,7 @@ def cells(options: argparse.Namespace, caching: dict[str, str]) -> Iterator[dict
             yield line
             if "unavailable" in line:
                 missing.add(line["variant"])
-        if model != "mlp":
+        if model in WHOLE:
             yield from in_turns(rewires(own), options.rewires, options.malloc, caching)
             yield from in_turns(others(own[0]), 0, options.malloc[:1], caching)
     print("Now memory: from here on the machine may be busy.", flush=True)

@@ -8,8 +8,9 @@ A layer's connections are `values` f32 (K,) and `column` int32 (K,) of the arena
 output o from the inputs of block b. Activations are feature-major float32, (units, B).
 
 A convolution's maps are (N, H, W, C), in memory (H, W, C, N): XLA is asked for that layout, and
-computes elementwise operations between two convolutions in it without a copy. What the kernels do
-between two convolutions is in `maps.py`.
+computes elementwise operations between two convolutions in it without a copy. Volumes are maps of
+all slices that a kernel reads (`Layer.slices`). What the kernels do between two convolutions is in
+`maps.py`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ HANDLERS = {
     "dst_arrivals": "DstArrivals",
     "dst_exists": "DstExists",
 }
-MOST_TAPS = 11  # along one side of a convolution's kernel
+MOST_TAPS = 32  # along one side of a convolution's kernel
 MAP = (1, 2, 3, 0)  # (N, H, W, C) with the batch innermost in memory
 THREADS = 0  # those of XLA's pool, if the work is worth it; tests ask for a number
 
@@ -142,7 +143,7 @@ def convolve(
 ) -> tuple[Array, Array]:
     """y = W * x, and mean and variance of each of its channels if `moments`, else nothing.
 
-    Shapes: x (N, H, W, n_in), pointer (n_out + 1,) -> (N, H', W', n_out), (2, n_out) or (0,).
+    Shapes: x (N, H, W, C), pointer (n_out + 1,) -> (N, H', W', n_out), (2, n_out) or (0,).
     """
     n = x.map.shape[0]
     rows, columns = layer.output_sides(x.map.shape[1:3])
@@ -169,10 +170,10 @@ def convolve_backward(
     """dx, and dL/dw added to the layer's range of `gradient`, in place if XLA can give it away.
 
     If x is an activation, dx is du, the gradient of what its ReLU reads, and sums are those of du
-    and du x of each channel: (2, n_in), else (0,). A gradient of no entries is not computed.
-    Shapes: x (N, H, W, n_in), delta (N, H', W', n_out), gradient (K,) -> dx as x, gradient, sums.
+    and du x of each channel: (2, C), else (0,). A gradient of no entries is not computed.
+    Shapes: x (N, H, W, C), delta (N, H', W', n_out), gradient (K,) -> dx as x, gradient, sums.
     """
-    sums = jax.ShapeDtypeStruct((0,) if x.k is None else (2, layer.n_in), jnp.float32)
+    sums = jax.ShapeDtypeStruct((0,) if x.k is None else (2, x.map.shape[3]), jnp.float32)
     call = kernel(
         "dst_convolve_backward",
         (like(x.map), like(gradient), sums),
@@ -188,7 +189,8 @@ def convolve_backward(
 def convolve_gradient_on(column: Array, output: Array, x: Read, delta: Read, layer: Layer) -> Array:
     """dL/dw on pairs (column, output), both int32 (n,): float32 (n,); 0 where one is negative.
 
-    Shapes: x (N, H, W, n_in), delta (N, H', W', n_out); column is (kx, ky, i) flattened.
+    Shapes: x (N, H, W, C), delta (N, H', W', n_out); column is the kernel's but for the output,
+    flattened.
     """
     call = kernel(
         "dst_convolve_gradient_on",

@@ -31,9 +31,9 @@ def tier() -> str:
 
 
 def covered(layer: Layer, values: Any, x: Any) -> bool:
-    """Whether the C++ kernels convolve this: a convolution, `compiled`, of 11 x 11 taps at most.
+    """Whether the C++ kernels convolve this: a convolution, `compiled`, of 32 x 32 taps at most.
 
     XLA fails to compile their layout for a map of no images.
     """
     floats = layer.convolves and x.dtype == jnp.float32 and compiled(values)
-    return floats and max(layer.places) <= kernels.MOST_TAPS and x.size > 0
+    return floats and max(layer.dims[-4:-2]) <= kernels.MOST_TAPS and x.size > 0

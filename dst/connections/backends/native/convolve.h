@@ -4,7 +4,7 @@
 
 namespace dst {
 
-constexpr int64_t kMostTaps = 11;  // along one side of a kernel
+constexpr int64_t kMostTaps = 32;  // along one side of a kernel: bits of a kind of columns
 
 // One connection, as the unit that gathers from it sees it.
 struct Entry {

@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kPiece = 4096;  // connections of S at a time
 
 // ---------------------------------------------------------------------------------------- arguments
-// An attribute of every call: rows and columns of the kernel, strides, padding before, dilations.
+// An attribute of every call: slices and groups of channels, then rows and columns of the kernel,
+// strides, padding before, dilations.
 using Taps = ffi::Span<const int64_t>;
 
 template <class A, class B>
@@ -27,11 +28,14 @@ ffi::ErrorOr<Geometry> geometry_of(const A& x, const B& y, Taps taps) {
   if (a.size() != 4 || b.size() != 4 || a[0] != b[0]) {
     return ffi::Unexpected(wrong("dst: maps are (N, H, W, C) and (N, H', W', C')."));
   }
-  if (taps.size() != 8) return ffi::Unexpected(wrong("dst: taps are 8 numbers."));
+  if (taps.size() != 10) return ffi::Unexpected(wrong("dst: taps are 10 numbers."));
   Geometry g{a[0], a[1], a[2], a[3], b[1], b[2], b[3], taps[0], taps[1], taps[2], taps[3], taps[4],
-             taps[5], taps[6], taps[7]};
+             taps[5], taps[6], taps[7], taps[8], taps[9]};
+  if (g.depth < 1 || g.groups < 1 || g.C % (g.depth * g.groups) || g.Co % g.groups) {
+    return ffi::Unexpected(wrong("dst: channels are divisible by slices and groups."));
+  }
   if (g.kh < 1 || g.kw < 1 || g.kh > kMostTaps || g.kw > kMostTaps) {
-    return ffi::Unexpected(wrong("dst: kernels have 1 to 11 rows and columns."));
+    return ffi::Unexpected(wrong("dst: kernels have 1 to 32 rows and columns."));
   }
   if (g.down < 1 || g.across < 1 || g.dilation_down < 1 || g.dilation_across < 1) {
     return ffi::Unexpected(wrong("dst: strides and dilations are at least 1."));
@@ -45,10 +49,12 @@ ffi::ErrorOr<Geometry> geometry_of(const A& x, const B& y, Taps taps) {
 // Adds the connection (column, output) to the links: false if the column lies outside.
 bool add_link(const Geometry& g, int32_t column, int32_t output, float value, int32_t position,
               Array<Link>& links) {
-  const uint32_t C = uint32_t(g.C), kw = uint32_t(g.kw), c = uint32_t(column), tap = c / C;
-  if (c >= uint32_t(g.kh * g.kw) * C) return false;
-  links.push_back({value, int32_t(c - tap * C), output, int16_t(tap / kw), int16_t(tap % kw),
-                   position});
+  const uint32_t inputs = uint32_t(g.inputs()), kw = uint32_t(g.kw), places = uint32_t(g.kh) * kw;
+  const uint32_t c = uint32_t(column), tap = c / inputs, slice = tap / places, place = tap % places;
+  if (slice >= uint32_t(g.depth)) return false;
+  const int64_t block = slice * g.groups + output * g.groups / g.Co;  // of channels
+  links.push_back({value, int32_t(c - tap * inputs + block * inputs), output, int16_t(place / kw),
+                   int16_t(place % kw), position});
   return true;
 }
 

@@ -36,9 +36,12 @@ struct Side {
   }
 };
 
+// A channel of x is one of `inputs` of a group, in one of `depth` slices of a volume: C is
+// depth x groups x inputs. An output reads the channels of its own group, in every slice.
 struct Geometry {
   int64_t N, H, W, C, Ho, Wo, Co;  // x (N, H, W, C), y (N, Ho, Wo, Co)
-  int64_t kh, kw, down, across, top, left, dilation_down, dilation_across;
+  int64_t depth, groups, kh, kw, down, across, top, left, dilation_down, dilation_across;
+  int64_t inputs() const { return C / (depth * groups); }
 };
 
 // A connection before it is in a list.
