@@ -86,8 +86,9 @@ def _convolve(part: Part, values: Array, arena: Arena, x: Array) -> Array:
 
 
 def _convolution_gradients(part, values, arena, x, delta, gradient):
-    # Not saved on the way forwards: the slices of a volume are k times as large.
-    slices, pull = jax.vjp(part.layer.slices, x)
+    # The slices of a volume are k times as large. XLA would keep them on the way forwards.
+    again = x if x.ndim == 4 else kernels.after(x, delta)
+    slices, pull = jax.vjp(part.layer.slices, again)
     given = values, arena.column, arena.pointer_of(part), kernels.Read(slices), kernels.Read(delta)
     dx, gradient, _ = kernels.convolve_backward(*given, gradient, part.layer)
     return pull(dx)[0], gradient
