@@ -58,9 +58,9 @@ def pair(network: str, connections: int, times: list[float], peaks: list[float])
     ]
 
 
-def convolutional() -> Iterator[list[str]]:
-    """Rows of the paper's networks, with the malloc of `dst.main`."""
-    cells = [c for c in lines("convnets.jsonl") if c["what"] == "step" and c["model"] != "mlp"]
+def convolutional(log: str) -> Iterator[list[str]]:
+    """Rows of a log of `convnets`, with the malloc of `dst.main`."""
+    cells = [c for c in lines(log) if c["what"] == "step" and c["model"] != "mlp"]
     timed = {
         (c["model"], c["variant"], c["sparsity"]): c
         for c in cells
@@ -113,7 +113,12 @@ def does_not_fit() -> Iterator[list[str]]:
 
 def table() -> str:
     """A row a network."""
-    return measure.table(HEAD, [*convolutional(), *fits(), *does_not_fit()])
+    return measure.table(HEAD, [*convolutional("convnets.jsonl"), *fits(), *does_not_fit()])
+
+
+def kinds() -> str:
+    """Convolutions of groups, on each channel alone and over volumes."""
+    return measure.table(HEAD, [*convolutional("kinds.jsonl")])
 
 
 if __name__ == "__main__":
