@@ -21,10 +21,11 @@ import optax
 from jax import lax
 
 from dst.arguments import check_devices, check_is, takes_key
-from dst.connections.base import Candidates, Moves, lowest, row_salts
+from dst.connections.base import Candidates, Moves, row_salts
 from dst.connections.hashing import hashed
 from dst.connections.masks import reset
 from dst.connections.moments import recognise
+from dst.connections.select import lowest
 from dst.errors import ConfigError
 from dst.loss import Loss
 from dst.methods.base import Method
@@ -87,7 +88,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
             grow = drop
         else:
             drop, grow = over_all(eligible, wanted, surplus, S, most, finite)
-            P = lowest(view.order, eligible, drop, lambda: A.hashes(salt))
+            P = lowest(view.order, eligible, drop, A.ties(salt))
             if method.share:
                 weights = SHARES[method.share].weights(A, A.exists & ~P, state.method)
                 G = shared_out(A, S.found, grow, weights)

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dst import rewire as rewire_module
-from dst.connections.base import Candidates, bits, lowest, row_salts, signed_bits
+from dst.connections.base import Candidates, bits, row_salts, signed_bits
 from dst.connections.hashing import salts
 from dst.connections.masks import Masks
+from dst.connections.select import lowest
 from dst.layers import Dense
 from tests.arenas import hashed
 

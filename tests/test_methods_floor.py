@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dst
-from dst.connections.base import bits, lowest, row_salts
+from dst.connections.base import bits, row_salts
 from dst.connections.hashing import salts
 from dst.connections.masks import Masks
+from dst.connections.select import lowest
 from dst.layers import Dense
 from dst.methods import DROPS, Drop, by_magnitude
 from dst.methods.drop import looked_at, unprotected

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from dst.connections import select
 from dst.connections.backends import cpp as kernels
 from dst.connections.base import NOWHERE, Candidates, bits, no_candidates
-from dst.connections.base import lowest as lowest_of_all
 from dst.methods.drop import looked_at, unprotected
 from tests.arenas import hashed, listed, ordered, parts_of, random_case, slices
 
@@ -38,14 +37,15 @@ both_tiers = pytest.mark.parametrize(
 
 
 @functools.cache
-def program(tier, name):
-    """`select.best` or `select.exchange`, compiled once in each tier."""
+def program(tier, name, ties=False):
+    """A function of `select`, compiled once in each tier; the last of its arguments are ties."""
 
     def run(*args):
+        given, last = (args[:-1], [lambda: args[-1]]) if ties else (args, [])
         with pytest.MonkeyPatch.context() as patch:
             if tier == "pure":
                 patch.setattr(kernels, "available", lambda: False)
-            return getattr(select, name)(*args)
+            return getattr(select, name)(*given, *last)
 
     return jax.jit(run)
 
@@ -59,9 +59,7 @@ def first_lowest(order, eligible, k):
     return chosen
 
 
-lowest = jax.jit(lowest_of_all)
-
-
+@both_tiers
 @pytest.mark.parametrize("dtype", [np.uint32, np.uint64])
 @examples
 @given(
@@ -70,31 +68,70 @@ lowest = jax.jit(lowest_of_all)
     different=st.sampled_from([1, 3, 1000]),
     part=st.sampled_from([0, 0.5, 1]),
 )
-def test_the_k_lowest_are_the_first_of_a_stable_sort(dtype, seed, k, different, part):
+def test_the_k_lowest_are_the_first_of_a_stable_sort(tier, dtype, seed, k, different, part):
     rng = np.random.default_rng(seed)
     some = rng.integers(0, np.iinfo(dtype).max, different, dtype, endpoint=True)
     some[rng.random(different) < 0.3] = rng.choice(np.array([0, 1, np.iinfo(dtype).max], dtype))
     order, eligible = rng.choice(some, 40), rng.random(40) < part
     with jax.enable_x64(dtype == np.uint64):
-        chosen = lowest(order, eligible, np.int32(k))
-    np.testing.assert_array_equal(chosen, first_lowest(order, eligible, k))
+        low, high = (program(tier, n)(order, eligible, np.int32(k)) for n in ("lowest", "highest"))
+    np.testing.assert_array_equal(low, first_lowest(order, eligible, k))
+    np.testing.assert_array_equal(high, first_lowest(~order, eligible, k))
 
 
+@both_tiers
 @examples
 @given(seed=seeds, k=st.integers(0, 50), different=st.sampled_from([1, 3]))
-def test_of_equals_those_that_are_lowest_in_ties(seed, k, different):
+def test_of_equals_those_that_are_lowest_in_ties(tier, seed, k, different):
     rng = np.random.default_rng(seed)
     order, eligible = rng.integers(different, size=40, dtype=np.uint32), rng.random(40) < 0.7
     ties = rng.integers(5, size=40, dtype=np.uint32)
-    chosen = np.zeros(40, bool)
-    at = np.flatnonzero(eligible)
-    chosen[at[np.lexsort((at, ties[at], order[at]))[:k]]] = True
-    np.testing.assert_array_equal(lowest_of_ties(order, eligible, np.int32(k), ties), chosen)
+    for name, sign in (("lowest", 1), ("highest", -1)):
+        chosen = np.zeros(40, bool)
+        at = np.flatnonzero(eligible)
+        chosen[at[np.lexsort((at, ties[at], sign * order[at].astype(int)))[:k]]] = True
+        found = program(tier, name, ties=True)(order, eligible, np.int32(k), ties)
+        np.testing.assert_array_equal(found, chosen)
 
 
-lowest_of_ties = jax.jit(
-    lambda order, eligible, k, ties: lowest_of_all(order, eligible, k, lambda: ties)
-)
+def test_many_threads_find_the_same():
+    rng = np.random.default_rng(0)
+    order = rng.integers(0, 2**32, 300_000, np.uint32) >> rng.integers(0, 30, 300_000, np.uint32)
+    eligible = rng.random(300_000) < 0.6
+    for k in (1, 70_000, 180_000):
+        found = program("compiled", "lowest")(order, eligible, np.int32(k))
+        np.testing.assert_array_equal(found, first_lowest(order, eligible, k))
+
+
+@examples
+@given(seed=seeds)
+def test_the_numbers_of_ties_are_the_same_in_both_tiers(seed):
+    rng = np.random.default_rng(seed)
+    arena = random_case(rng, CONNECTIONS, PARTS).arena
+    salt = rng.integers(0, 2**32, arena.pointer.size - 1, np.uint32)
+    order, eligible = (
+        rng.integers(3, size=CONNECTIONS, dtype=np.uint32),
+        rng.random(CONNECTIONS) < 0.8,
+    )
+    for k in (2, 7, 12):
+        given = arena, salt, order, eligible, np.int32(k)
+        found = [breaking_ties(tier)(*given) for tier in ("compiled", "pure")]
+        for a, b in zip(*found, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@functools.cache
+def breaking_ties(tier):
+    """`select.lowest` and all hashes of an arena, compiled once in each tier."""
+
+    def run(arena, salt, order, eligible, k):
+        ties = select.Ties(arena, salt)
+        with pytest.MonkeyPatch.context() as patch:
+            if tier == "pure":
+                patch.setattr(kernels, "available", lambda: False)
+            return select.lowest(order, eligible, k, ties), ties()
+
+    return jax.jit(run)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

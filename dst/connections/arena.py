@@ -11,8 +11,7 @@ optimizer that works coordinate by coordinate needs to know nothing.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -25,7 +24,6 @@ from dst.connections import select
 from dst.connections.backends import cpp
 from dst.connections.backends.dispatch import compiled
 from dst.connections.base import Candidates, Execution, Part, Rule, no_candidates, row_of, table
-from dst.connections.hashing import hashed
 from dst.connections.moments import refuse_unless_coordinate_wise
 from dst.connections.ranges import over_range, rows_of
 from dst.errors import ConfigError
@@ -101,7 +99,10 @@ class Arena(struct.PyTreeNode):
 
     def hashes(self, salt: Array) -> Array:
         """The entries' numbers for ties: uint32 (K,)."""
-        return hashed(salt[self.rows], self.column)
+        return self.ties(salt)()
+
+    def ties(self, salt: Array) -> Callable[[], Array]:
+        return select.Ties(self, salt)
 
     def by_layer(self, rule: Rule, entries: Array, salt: Array) -> Array:
         """A rule applied to each layer's entries: (K,) -> bool (K,)."""
@@ -109,7 +110,7 @@ class Arena(struct.PyTreeNode):
         chosen = jnp.zeros(entries.size, bool)
         for l, part in enumerate(self.parts):
             own = (index >= self.pointer[part.first]) & (index < self.pointer[part.end])
-            chosen |= rule(l, own, entries, functools.partial(self.hashes, salt))
+            chosen |= rule(l, own, entries, self.ties(salt))
         return chosen
 
     def count_by_layer(self, chosen: Array) -> Array:

@@ -140,6 +140,10 @@ class Connections(Protocol):
         """The entries' numbers for ties, `salt` from `row_salts`: uint32 (n,)."""
         ...
 
+    def ties(self, salt: Array) -> Callable[[], Array]:
+        """`hashes`, when they are asked for."""
+        ...
+
     def by_layer(self, rule: Rule, entries: Array, salt: Array) -> Array:
         """A rule applied to each layer's entries: (n,) -> bool (n,); ties() are their `hashes`."""
         ...
@@ -224,34 +228,6 @@ def signed_bits(a: Array) -> Array:
     unsigned = bits(a)
     sign = jnp.ones((), unsigned.dtype) << (a.dtype.itemsize * 8 - 1)
     return jnp.where(unsigned < sign, unsigned | sign, ~unsigned)
-
-
-def lowest(
-    order: Array, eligible: Array, k: Array, ties: Callable[[], Array] | None = None
-) -> Array:
-    """Which entries are the k lowest of the eligible ones: unsigned (n,), bool (n,) -> bool (n,).
-
-    Of equals those that are lowest in ties(), unsigned (n,), else the first. The k-th lowest is
-    found bit by bit, by counting: no sort, no copy.
-    """
-    k = jnp.minimum(k, eligible.sum(dtype=jnp.int32))
-    width = order.dtype.itemsize * 8
-    one = jnp.ones((), order.dtype)
-
-    def settle(n, cut):
-        bit = one << (width - 1 - n).astype(order.dtype)
-        below = eligible & (order <= (cut | (bit - one)))
-        return jnp.where(below.sum(dtype=jnp.int32) >= k, cut, cut | bit)
-
-    cut = lax.fori_loop(0, width, settle, jnp.zeros((), order.dtype))
-    less, equal = eligible & (order < cut), eligible & (order == cut)
-    left = k - less.sum(dtype=jnp.int32)
-    if ties is None:
-        equal &= jnp.cumsum(equal, dtype=jnp.int32) <= left
-    else:
-        more = equal.sum(dtype=jnp.int32) > left
-        equal = lax.cond(more, lambda: lowest(ties(), equal, left), lambda: equal)
-    return (less | equal) & (k > 0)
 
 
 class Execution(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -120,6 +120,9 @@ class Masks(Mapping[str, Array]):
     def hashes(self, salt: Array) -> Array:
         """The entries' numbers for ties: uint32 (N,)."""
         return jnp.concatenate([self._hashes(part, salt) for part in self.parts])
+
+    def ties(self, salt: Array) -> Callable[[], Array]:
+        return functools.partial(self.hashes, salt)
 
     def _hashes(self, part: Part, salt: Array) -> Array:
         column = jnp.arange(part.n_in, dtype=jnp.uint32)

@@ -7,7 +7,9 @@ kernels and pure JAX.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -18,11 +20,51 @@ from dst.connections.backends import cpp as kernels
 from dst.connections.backends import pure
 from dst.connections.backends.dispatch import compiled, on_cpu
 from dst.connections.base import Candidates
+from dst.connections.hashing import hashed
 
 if TYPE_CHECKING:
     from dst.connections.arena import Arena
 
 Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Ties:
+    """What breaks ties between an arena's connections, by their rows' salts: uint32 (K,)."""
+
+    arena: Arena
+    salt: Array
+
+    def __call__(self) -> Array:
+        if on_cpu():
+            return kernels.hashes(self.arena.column, self.arena.pointer, self.salt)
+        return hashed(self.salt[self.arena.rows], self.arena.column)
+
+
+Tied = Callable[[], Array] | None
+
+
+def lowest(order: Array, eligible: Array, k: Array, ties: Tied = None) -> Array:
+    """Which entries are the k lowest of the eligible ones: unsigned (n,), bool (n,) -> bool (n,).
+
+    Of equals those that are lowest in ties(), unsigned (n,), else the first.
+    """
+    return _extreme(order, eligible, k, ties, highest=False)
+
+
+def highest(order: Array, eligible: Array, k: Array, ties: Tied = None) -> Array:
+    """Which are the k highest; of equals as `lowest`."""
+    return _extreme(order, eligible, k, ties, highest=True)
+
+
+def _extreme(order: Array, eligible: Array, k: Array, ties: Tied, highest: bool) -> Array:
+    if not on_cpu() or order.dtype != jnp.uint32:
+        return pure.lowest(~order if highest else order, eligible, k, ties)
+    if ties is None or isinstance(ties, Ties):
+        own = (ties.arena.column, ties.arena.pointer, ties.salt) if ties else None
+        return kernels.lowest(order, eligible, k, highest, own, told=False)[0]
+    chosen, equal, left = kernels.lowest(order, eligible, k, highest, None, told=True)
+    return lax.cond(left > 0, lambda: chosen | lowest(ties(), equal, left), lambda: chosen)
 
 
 def locate(arena: Arena, row: Array, column: Array) -> tuple[Array, Array]:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dst.connections.base import Connections, bits, lowest, signed_bits
+from dst.connections.base import Connections, bits, signed_bits
 from dst.connections.masks import join
+from dst.connections.select import highest, lowest
 from dst.methods.base import Method
 from dst.methods.distributions import held_layers
 from dst.methods.memory import Own
@@ -92,7 +93,7 @@ def unprotected(keep: np.ndarray, view: View) -> Array:
     """All connections but the keep[l] strongest of layer l: int (L,) -> bool (n,)."""
 
     def loose(l: int, A: Array, order: Array, ties: Callable[[], Array]) -> Array:
-        return A & ~lowest(~order, A, jnp.int32(keep[l]), ties)
+        return A & ~highest(order, A, jnp.int32(keep[l]), ties)
 
     return view.A.by_layer(loose, view.order, view.salt)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dst.connections.base import lowest
+from dst.connections.select import lowest
 from dst.methods.arrivals import Pairs, sum_before
 
 Array = jax.Array

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dst.connections.base import Candidates, Connections, Part, bits, lowest, no_candidates
+from dst.connections.base import Candidates, Connections, Part, bits, no_candidates
 from dst.connections.hashing import hashed
-from dst.connections.select import best
+from dst.connections.select import best, highest, lowest
 
 Array = jax.Array
 
@@ -67,7 +67,7 @@ def best_of_each(A: Connections, found: Candidates, each: Array, salt: Array) ->
     """The each[l] best of layer l, of a candidate for each of A's entries; the others emptied."""
 
     def some(l: int, _, score: Array, ties) -> Array:
-        return lowest(~bits(jnp.maximum(score, 0)), score >= 0, each[l], ties)
+        return highest(bits(jnp.maximum(score, 0)), score >= 0, each[l], ties)
 
     chosen = A.by_layer(some, found.score, salt)
     return found._replace(score=jnp.where(chosen, found.score, -1))
@@ -99,7 +99,7 @@ def exchange_within(
         def one(n: Array, chosen: Array) -> Array:
             own = found.valid & (l == n)
             ties = lambda: hashed(salt[found.row], found.column)  # noqa: E731
-            return chosen | lowest(~bits(jnp.maximum(found.score, 0)), own, k[n], ties)
+            return chosen | highest(bits(jnp.maximum(found.score, 0)), own, k[n], ties)
 
         return lax.fori_loop(0, len(A.parts), one, jnp.zeros(found.row.size, bool))
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dst.connections.base import Candidates, bits, lowest
+from dst.connections.base import Candidates, bits
 from dst.connections.masks import Masks
+from dst.connections.select import highest
 from dst.methods.memory import Own
 from dst.vocabulary import Names
 
@@ -95,7 +96,7 @@ def shared_out(A: Masks, found: Candidates, k: Array, weights: Array) -> Candida
     counts = share_out(k, weights, room)
 
     def chosen(l: int, A: Array, score: Array, ties: Callable[[], Array]) -> Array:
-        return lowest(~bits(jnp.maximum(score, 0)), score >= 0, counts[l])
+        return highest(bits(jnp.maximum(score, 0)), score >= 0, counts[l])
 
     best = A.by_layer(chosen, found.score, jnp.zeros(A.parts[-1].end, jnp.uint32))
     return found._replace(score=jnp.where(best, found.score, -1))

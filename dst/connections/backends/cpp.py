@@ -46,6 +46,8 @@ HANDLERS = {
     "dst_magnitudes": "DstMagnitudes",
     "dst_after": "DstAfter",
     "dst_best": "DstBest",
+    "dst_lowest": "DstLowest",
+    "dst_hashes": "DstHashes",
     "dst_exchange": "DstExchange",
     "dst_move": "DstMove",
     "dst_arrivals": "DstArrivals",
@@ -239,9 +241,33 @@ def best(
     the end are (2^31 - 1, 0, -1). Of equal connections the first list's counts, of equal scores at
     the cut the lower `hashing.hashed`.
     """
-    call = kernel("dst_best", (like(row), like(column), like(score)))
+    results, in_place = (like(row), like(column), like(score)), {0: 0, 1: 1, 2: 2}
+    call = kernel("dst_best", results, input_output_aliases=in_place)
     row, column, score = call(row, column, score, new_row, new_column, new_score, k, salt)
     return row, column, score
+
+
+def lowest(
+    order: Array, eligible: Array, k: Array, highest: bool, ties: tuple | None, told: bool
+) -> tuple[Array, Array, Array]:
+    """The k lowest, or highest, of the eligible: uint32 (n,), bool (n,), int32 () -> bool (n,).
+
+    Of equals the first, or with `ties`, an arena's (column, pointer, salt), those of the lowest
+    hashes. If they are to be `told` none of them is chosen where not all fit: bool (n,), and how
+    many of them fit, int32 ().
+    """
+    none = jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.uint32)
+    flags = jax.ShapeDtypeStruct(order.shape, jnp.bool_)
+    equal = flags if told else jax.ShapeDtypeStruct((0,), jnp.bool_)
+    call = kernel("dst_lowest", (flags, equal, jax.ShapeDtypeStruct((), jnp.int32)))
+    chosen, equal, left = call(order, eligible, k, *(ties or none), highest=highest)
+    return chosen, equal, left
+
+
+def hashes(column: Array, pointer: Array, salt: Array) -> Array:
+    """`hashing.hashed` of every connection, by its row's salt: uint32 (K,)."""
+    call = kernel("dst_hashes", jax.ShapeDtypeStruct(column.shape, jnp.uint32))
+    return call(column, pointer, salt)
 
 
 def exchange(
@@ -253,7 +279,8 @@ def exchange(
     by (row, column), k int32 () -> column, pointer, and source int32 (K,): the position each
     connection had, -1 for a grown one. Raises if other than k are dropped.
     """
-    call = kernel("dst_exchange", (like(column), like(pointer), like(column)))
+    results = like(column), like(pointer), like(column)
+    call = kernel("dst_exchange", results, input_output_aliases={1: 0})
     column, pointer, source = call(dropped, column, pointer, grown_row, grown_column, k)
     return column, pointer, source
 

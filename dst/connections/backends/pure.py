@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import sparse
 
-from dst.connections.base import NOWHERE, Candidates, Part, bits, lowest, no_candidates
+from dst.connections.base import NOWHERE, Candidates, Part, bits, no_candidates
 from dst.connections.hashing import hashed
 from dst.connections.ranges import over_range, rows_of
 
@@ -100,6 +100,30 @@ def add_at(gradient: Array, at: tuple[Array, Array], amount: Array) -> Array:
 
 
 # ------------------------------------------------------------------------------------ the rewire
+def lowest(
+    order: Array, eligible: Array, k: Array, ties: Callable[[], Array] | None = None
+) -> Array:
+    """The k lowest of the eligible entries, as `select.lowest`, bit by bit, by counting."""
+    k = jnp.minimum(k, eligible.sum(dtype=jnp.int32))
+    width = order.dtype.itemsize * 8
+    one = jnp.ones((), order.dtype)
+
+    def settle(n, cut):
+        bit = one << (width - 1 - n).astype(order.dtype)
+        below = eligible & (order <= (cut | (bit - one)))
+        return jnp.where(below.sum(dtype=jnp.int32) >= k, cut, cut | bit)
+
+    cut = lax.fori_loop(0, width, settle, jnp.zeros((), order.dtype))
+    less, equal = eligible & (order < cut), eligible & (order == cut)
+    left = k - less.sum(dtype=jnp.int32)
+    if ties is None:
+        equal &= jnp.cumsum(equal, dtype=jnp.int32) <= left
+    else:
+        more = equal.sum(dtype=jnp.int32) > left
+        equal = lax.cond(more, lambda: lowest(ties(), equal, left), lambda: equal)
+    return (less | equal) & (k > 0)
+
+
 def best(found: Candidates, new: Candidates, k: Array, salt: Array) -> Candidates:
     """The k best distinct candidates of both, as `select.best`, by a sort."""
     row, column, score = (jnp.concatenate(pair) for pair in zip(found, new, strict=True))

@@ -1,7 +1,6 @@
 // Arrivals of a bucket as XLA custom calls: units drawn by their shares, pairs sorted, repeats
 // counted; and whether sorted pairs exist. What arrivals.py and select.py say in pure JAX.
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -23,17 +22,27 @@ constexpr int64_t kPiece = 1 << 13;  // pairs of a thread's part
 constexpr uint32_t kGolden = 0x9E3779B9u;
 constexpr int64_t kMostTimes = 256;
 
-// Units begin .. end - 1 with cumulative shares, and what one of 2^32 random numbers falls on.
+// Units begin .. end - 1 with cumulative shares, and what one of 2^32 random numbers falls on. A table of
+// where each of so many parts of them begins leaves few units to be searched.
 class Units {
  public:
   Units(const Unsigned& cumulative, int64_t begin, int64_t end)
-      : cumulative_(cumulative.typed_data()), begin_(begin), count_(end - begin),
-        low_(begin > 0 ? cumulative_[begin - 1] : 0), span_((end > 0 ? cumulative_[end - 1] : 0) - low_) {}
+      : cumulative_(cumulative.typed_data()), low_(begin > 0 ? cumulative_[begin - 1] : 0),
+        span_((end > 0 ? cumulative_[end - 1] : 0) - low_) {
+    while (bits_ < 14 && (int64_t{1} << bits_) < end - begin) bits_++;
+    first_.resize((size_t{1} << bits_) + 1, uint32_t(end - 1));
+    int64_t unit = begin;
+    for (size_t part = 0; part + 1 < first_.size(); part++) {
+      const uint32_t least = number(uint32_t(uint64_t(part) << (32 - bits_)));
+      while (unit < end - 1 && cumulative_[unit] <= least) unit++;
+      first_[part] = uint32_t(unit);
+    }
+  }
 
   int64_t at(uint32_t random) const {
-    const uint32_t u = low_ + uint32_t(uint64_t(random) * span_ >> 32);
-    const uint32_t* base = cumulative_ + begin_;  // the first that is greater than u
-    for (int64_t n = count_; n > 1;) {
+    const uint32_t u = number(random), part = uint32_t(uint64_t(random) >> (32 - bits_));
+    const uint32_t* base = cumulative_ + first_[part];  // the first that is greater than u
+    for (int64_t n = int64_t{first_[part + 1]} - first_[part] + 1; n > 1;) {
       const int64_t half = n / 2;
       base += base[half - 1] <= u ? half : 0;
       n -= half;
@@ -42,20 +51,52 @@ class Units {
   }
 
  private:
+  uint32_t number(uint32_t random) const { return low_ + uint32_t(uint64_t(random) * span_ >> 32); }
+
   const uint32_t* cumulative_;
-  int64_t begin_, count_;
   uint32_t low_, span_;
+  int bits_ = 0;
+  std::vector<uint32_t> first_;
 };
 
-// Sorts by three digits of 11 bits; `other` is as large as `numbers`.
-void radix_sort(std::vector<uint32_t>& numbers, std::vector<uint32_t>& other) {
-  for (const int shift : {0, 11, 22}) {
-    std::array<int64_t, 2049> start{};
-    for (const uint32_t x : numbers) start[(x >> shift & 2047) + 1]++;
-    for (int d = 0; d < 2048; d++) start[d + 1] += start[d];
-    for (const uint32_t x : numbers) other[start[x >> shift & 2047]++] = x;
+// Sorts numbers up to `most` by two or three digits; `other` is as large as `numbers`.
+void radix_sort(std::vector<uint32_t>& numbers, std::vector<uint32_t>& other, uint32_t most) {
+  const int bits = 32 - __builtin_clz(most | 1), digits = bits > 24 ? 3 : 2;
+  const int width = (bits + digits - 1) / digits;
+  const uint32_t mask = (uint32_t{1} << width) - 1;
+  std::vector<int64_t> start;
+  for (int shift = 0; shift < digits * width; shift += width) {
+    start.assign(int64_t{mask} + 2, 0);
+    for (const uint32_t x : numbers) start[(x >> shift & mask) + 1]++;
+    for (uint32_t d = 0; d <= mask; d++) start[d + 1] += start[d];
+    for (const uint32_t x : numbers) other[start[x >> shift & mask]++] = x;
     numbers.swap(other);
   }
+}
+
+// Calls f(number, how often it is there, how many others before it) for the distinct of sorted numbers,
+// many at once; tells how many there are.
+template <class F>
+int64_t each_distinct(ffi::ThreadPool& pool, const std::vector<uint32_t>& numbers, const F& f) {
+  const int64_t n = int64_t(numbers.size()), parts = (n + kPiece - 1) / kPiece;
+  std::vector<int64_t> before(parts + 1, 0);
+  const auto is_first = [&](int64_t p) { return p == 0 || numbers[p] != numbers[p - 1]; };
+  parallel_for(pool, parts, pool.num_threads(), [&](int64_t part) {
+    int64_t count = 0;
+    for (int64_t p = part * kPiece; p < std::min(n, (part + 1) * kPiece); p++) count += is_first(p);
+    before[part + 1] = count;
+  });
+  for (int64_t part = 0; part < parts; part++) before[part + 1] += before[part];
+  parallel_for(pool, parts, pool.num_threads(), [&](int64_t part) {
+    int64_t m = before[part];
+    for (int64_t p = part * kPiece; m < before[part + 1]; p++) {
+      if (!is_first(p)) continue;
+      int64_t end = p + 1;
+      while (end < n && numbers[end] == numbers[p]) end++;
+      f(numbers[p], end - p, m++);
+    }
+  });
+  return before[parts];
 }
 
 ffi::Error arrivals(ffi::ThreadPool pool, Unsigned random, Ints count, Ints bounds, Unsigned f,
@@ -85,28 +126,25 @@ ffi::Error arrivals(ffi::ThreadPool pool, Unsigned random, Ints count, Ints boun
       numbers[p] = (i / width * rows + o) * width + i % width;
     }
   });
-  radix_sort(numbers, other);
+  const uint32_t most = ((uint32_t(a_end - 1) / width + 1) * rows) * width - 1;
+  radix_sort(numbers, other, most);
   int32_t *columns_out = column->typed_data(), *outputs_out = output->typed_data();
   uint32_t* times = time->typed_data();
   bool* valid_out = valid->typed_data();
   const uint32_t* salts = salt.typed_data();
-  int64_t m = 0;  // distinct pairs so far
-  for (int64_t p = 0; p < n; m++) {
-    const uint32_t number = numbers[p];
-    const int64_t begin = p;
-    while (p < n && numbers[p] == number) p++;
+  const int64_t m = each_distinct(pool, numbers, [&](uint32_t number, int64_t arrived, int64_t to) {
     const uint32_t row = number / width;
     const int32_t i = row / rows * width + number % width, o = b + row % rows;
     const uint32_t hash = hashed(salts[o], i);
     uint32_t least = hash;
-    for (int64_t j = 1; j < std::min(p - begin, kMostTimes); j++) {
+    for (int64_t j = 1; j < std::min(arrived, kMostTimes); j++) {
       least = std::min(least, mix(hash + uint32_t(j) * kGolden));
     }
-    columns_out[m] = i;
-    outputs_out[m] = o;
-    times[m] = least;
-    valid_out[m] = true;
-  }
+    columns_out[to] = i;
+    outputs_out[to] = o;
+    times[to] = least;
+    valid_out[to] = true;
+  });
   std::fill(columns_out + m, columns_out + chunk, int32_t(a));
   std::fill(outputs_out + m, outputs_out + chunk, int32_t(b));
   std::fill(times + m, times + chunk, 0u);

@@ -23,7 +23,7 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", 
 # The inner loops once for each instruction set; the library chooses when it is loaded.
 INNER_LOOPS, ONCE = (
     ("kernels", "convolve", "maps"),
-    ("handlers", "convolve_handlers", "maps_handlers", "structure", "arrivals"),
+    ("handlers", "convolve_handlers", "maps_handlers", "structure", "best", "lowest", "arrivals"),
 )
 LEVELS = {"baseline": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4",)}
 
