@@ -67,6 +67,14 @@ def resnet(depth: int, classes: int) -> nn.Module:
     return nn.Sequential(*layers, Mean(), nn.Linear(64, classes))
 
 
+def mlp(inputs: int, hidden: tuple[int, ...], classes: int) -> nn.Module:
+    """`dst.models.MLP`."""
+    layers: list[nn.Module] = []
+    for before, units in itertools.pairwise((inputs, *hidden)):
+        layers += [nn.Linear(before, units), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(hidden[-1], classes))
+
+
 def prepare(
     build: Callable[[], nn.Module], images: np.ndarray, labels: np.ndarray, rate: float, last: bool
 ) -> tuple[Any, ...]:
@@ -75,11 +83,26 @@ def prepare(
     Images (B, H, W, C), labels (B,).
     """
     torch.manual_seed(0)
+    return ready(build(), images, labels, rate, last)
+
+
+def ready(
+    model: nn.Module,
+    images: np.ndarray,
+    labels: np.ndarray,
+    rate: float,
+    last: bool,
+    device: str = "cpu",
+) -> tuple[Any, ...]:
+    """The same of a model; images of an MLP are rows (B, n)."""
     layout = torch.channels_last if last else torch.contiguous_format
-    model = build().to(memory_format=layout).train()
+    x = torch.from_numpy(images).to(device)
+    if x.dim() == 4:
+        model = model.to(memory_format=layout)
+        x = x.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+    model = model.to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=1e-4)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=layout)
-    return (model, optimizer), x, torch.from_numpy(labels).long()
+    return (model, optimizer), x, torch.from_numpy(labels).long().to(device)
 
 
 def step(state: tuple, x: torch.Tensor, y: torch.Tensor) -> tuple[tuple, float]:
