@@ -244,3 +244,10 @@ def test_no_pass_of_synflow_has_the_size_of_a_dense_kernel(tier):
         flow = jax.jit(functools.partial(synaptic_flow, net))
         text = flow.lower(state.params, state.masks, state.batch_stats).compile().as_text()
     assert largest(text) < LIMIT // 4
+
+
+def test_activations_stay_feature_major_from_layer_to_layer(tier):
+    """(units, B), as the products have them: of all transposes XLA leaves that of the batch."""
+    net, _, state = wide("sparse")
+    text = compiled(update_body(net, tiny.SGD, tiny.loss), state, wide_batch())
+    assert len(re.findall(r"= f32\[(?:8,1024|1024,8)\]\S* transpose\(", text)) == 1
