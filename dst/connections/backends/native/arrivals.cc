@@ -2,6 +2,7 @@
 // counted; and whether sorted pairs exist. What arrivals.py and select.py say in pure JAX.
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "hashing.h"
@@ -21,6 +22,7 @@ namespace {
 constexpr int64_t kPiece = 1 << 13;  // pairs of a thread's part
 constexpr uint32_t kGolden = 0x9E3779B9u;
 constexpr int64_t kMostTimes = 256;
+constexpr int kFew = 4;  // steps before it is searched
 
 // Units begin .. end - 1 with cumulative shares, and what one of 2^32 random numbers falls on. A table of
 // where each of so many parts of them begins leaves few units to be searched.
@@ -59,17 +61,33 @@ class Units {
   std::vector<uint32_t> first_;
 };
 
-// Sorts numbers up to `most` by two or three digits; `other` is as large as `numbers`.
-void radix_sort(std::vector<uint32_t>& numbers, std::vector<uint32_t>& other, uint32_t most) {
+// Sorts numbers up to `most` by two or three digits, each part of them by a thread; `other` is as large as
+// `numbers`.
+void radix_sort(ffi::ThreadPool& pool, std::vector<uint32_t>& numbers, std::vector<uint32_t>& other,
+                uint32_t most) {
   const int bits = 32 - __builtin_clz(most | 1), digits = bits > 24 ? 3 : 2;
   const int width = (bits + digits - 1) / digits;
-  const uint32_t mask = (uint32_t{1} << width) - 1;
-  std::vector<int64_t> start;
+  const int64_t n = int64_t(numbers.size()), values = int64_t{1} << width;
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(n / kPiece, pool.num_threads()));
+  std::vector<int64_t> next(parts * values);  // where a part's next number with a digit goes
+  const auto each = [&](int shift, const auto& f) {
+    parallel_for(pool, parts, parts, [&](int64_t part) {
+      int64_t* own = next.data() + part * values;
+      for (int64_t p = n * part / parts; p < n * (part + 1) / parts; p++) {
+        f(numbers[p], own[numbers[p] >> shift & (values - 1)]);
+      }
+    });
+  };
   for (int shift = 0; shift < digits * width; shift += width) {
-    start.assign(int64_t{mask} + 2, 0);
-    for (const uint32_t x : numbers) start[(x >> shift & mask) + 1]++;
-    for (uint32_t d = 0; d <= mask; d++) start[d + 1] += start[d];
-    for (const uint32_t x : numbers) other[start[x >> shift & mask]++] = x;
+    std::fill(next.begin(), next.end(), 0);
+    each(shift, [](uint32_t, int64_t& count) { count++; });
+    int64_t before = 0;
+    for (int64_t d = 0; d < values; d++) {
+      for (int64_t part = 0; part < parts; part++) {
+        before += std::exchange(next[part * values + d], before);
+      }
+    }
+    each(shift, [&](uint32_t number, int64_t& to) { other[to++] = number; });
     numbers.swap(other);
   }
 }
@@ -127,7 +145,7 @@ ffi::Error arrivals(ffi::ThreadPool pool, Unsigned random, Ints count, Ints boun
     }
   });
   const uint32_t most = ((uint32_t(a_end - 1) / width + 1) * rows) * width - 1;
-  radix_sort(numbers, other, most);
+  radix_sort(pool, numbers, other, most);
   int32_t *columns_out = column->typed_data(), *outputs_out = output->typed_data();
   uint32_t* times = time->typed_data();
   bool* valid_out = valid->typed_data();
@@ -164,9 +182,20 @@ ffi::Error exists(ffi::ThreadPool pool, Ints column, Ints pointer, Ints row, Int
   const int32_t *r = row.typed_data(), *w = wanted.typed_data();
   bool* out = found->typed_data();
   parallel_for(pool, (n + kPiece - 1) / kPiece, pool.num_threads(), [&](int64_t part) {
+    // Sorted pairs, as they mostly are, are met one after the other.
+    int32_t row = -1, last = 0;
+    const int32_t *at = c, *end = c;
     for (int64_t p = part * kPiece; p < std::min(n, (part + 1) * kPiece); p++) {
-      const bool inside = r[p] >= 0 && r[p] < rows;
-      out[p] = inside && std::binary_search(c + start[r[p]], c + start[r[p] + 1], w[p]);
+      if (r[p] < 0 || r[p] >= rows) {
+        out[p] = false;
+        continue;
+      }
+      if (r[p] != row || w[p] < last) at = c + start[row = r[p]], end = c + start[row + 1];
+      for (int steps = 0; at < end && *at < w[p]; at++) {
+        if (++steps == kFew) at = std::lower_bound(at, end, w[p]) - 1;
+      }
+      out[p] = at < end && *at == w[p];
+      last = w[p];
     }
   });
   return ffi::Error::Success();

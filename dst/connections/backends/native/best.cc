@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "hashing.h"
+#include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -49,6 +50,20 @@ struct List {
   }
 };
 
+constexpr int64_t kPiece = 1 << 15;  // candidates of a thread's part
+
+int64_t parts_of(ffi::ThreadPool& pool, int64_t n) {
+  return std::max<int64_t>(1, std::min<int64_t>(n / kPiece, pool.num_threads()));
+}
+
+// Calls f(begin, end, part) for the parts of n candidates.
+template <class F>
+void in_parts(ffi::ThreadPool& pool, int64_t n, const F& f) {
+  const int64_t parts = parts_of(pool, n);
+  parallel_for(pool, parts, parts,
+               [&](int64_t part) { f(n * part / parts, n * (part + 1) / parts, part); });
+}
+
 // Moves what `keeps` tells to the front of `to`: the same list, shorter.
 template <class F>
 List only(const List& list, const List& to, F keeps) {
@@ -62,7 +77,12 @@ List only(const List& list, const List& to, F keeps) {
 // Tells of each member whether it is neither empty, that is without a score >= 0, nor a repeat.
 class Distinct {
  public:
-  explicit Distinct(const List& list) : list_(list) {}
+  explicit Distinct(const List& list, int64_t begin = 0) : list_(list) {
+    for (int64_t p = begin - 1; p >= 0 && !any_; p--) {
+      any_ = list.score[p] >= 0;
+      previous_ = list.key(p);
+    }
+  }
   bool operator()(int64_t p) {
     if (!(list_.score[p] >= 0) || (any_ && list_.key(p) == previous_)) return false;
     any_ = true;
@@ -78,18 +98,26 @@ class Distinct {
 
 // Whether a list has neither before its end, as that of the best; then its size is set, and its least
 // score, of no members infinity.
-bool is_distinct(List& list, float& least) {
+bool is_distinct(ffi::ThreadPool& pool, List& list, float& least) {
   int64_t n = list.size;
   while (n > 0 && !(list.score[n - 1] >= 0)) n--;
-  bool all = true;
-  least = std::numeric_limits<float>::infinity();
-  for (int64_t p = 0; p < n; p++) {
-    all &= list.score[p] >= 0;
-    all &= p == 0 || list.key(p - 1) < list.key(p);
-    least = std::min(least, list.score[p]);
-  }
-  if (all) list.size = n;
-  return all;
+  std::vector<char> all(parts_of(pool, n));
+  std::vector<float> lowest(all.size());
+  in_parts(pool, n, [&](int64_t begin, int64_t end, int64_t part) {
+    bool right = true;
+    float low = std::numeric_limits<float>::infinity();
+    for (int64_t p = begin; p < end; p++) {
+      right &= list.score[p] >= 0;
+      right &= p == 0 || list.key(p - 1) < list.key(p);
+      low = std::min(low, list.score[p]);
+    }
+    all[part] = right;
+    lowest[part] = low;
+  });
+  least = *std::min_element(lowest.begin(), lowest.end());
+  if (std::count(all.begin(), all.end(), 0)) return false;
+  list.size = n;
+  return true;
 }
 
 // Which candidates are the best: those above a score, and of those that have it the lowest hashes; of
@@ -120,7 +148,7 @@ float score_above(const List& list, int64_t n) {
 }
 
 // That of the `kept` best of both.
-Cut cut_of(const List& a, const List& b, int64_t kept, const uint32_t* salts) {
+Cut cut_of(ffi::ThreadPool& pool, const List& a, const List& b, int64_t kept, const uint32_t* salts) {
   constexpr std::pair<uint32_t, uint64_t> all{~0u, ~uint64_t{0}};
   if (kept == a.size + b.size) return {-1, all, salts};
   if (kept == 0) return {std::numeric_limits<float>::infinity(), {0, 0}, salts};
@@ -131,11 +159,17 @@ Cut cut_of(const List& a, const List& b, int64_t kept, const uint32_t* salts) {
   };
   const int64_t worse = a.size + b.size - kept;
   const float most = score_above(a, worse);
+  std::vector<std::vector<float>> each_low(parts_of(pool, a.size) + 1);
+  const auto gather = [&](const List& list, int64_t begin, int64_t end, int64_t part) {
+    for (int64_t p = begin; p < end; p++) {
+      if (list.score[p] <= most) each_low[part].push_back(list.score[p]);
+    }
+  };
+  in_parts(pool, a.size,
+           [&](int64_t begin, int64_t end, int64_t part) { gather(a, begin, end, part); });
+  gather(b, 0, b.size, int64_t(each_low.size()) - 1);
   std::vector<float> low;
-  low.reserve(2 * worse);
-  each([&](const List& list, int64_t p) {
-    if (list.score[p] <= most) low.push_back(list.score[p]);
-  });
+  for (const auto& own : each_low) low.insert(low.end(), own.begin(), own.end());
   if (int64_t(low.size()) <= worse) {
     low.clear();
     each([&](const List& list, int64_t p) { low.push_back(list.score[p]); });
@@ -184,12 +218,17 @@ struct Few {
     column.push_back(from.column[p]);
     score.push_back(from.score[p]);
   }
+  void add(const Few& other) {
+    row.insert(row.end(), other.row.begin(), other.row.end());
+    column.insert(column.end(), other.column.begin(), other.column.end());
+    score.insert(score.end(), other.score.begin(), other.score.end());
+  }
   List list() { return {row.data(), column.data(), score.data(), int64_t(score.size())}; }
 };
 
-ffi::Error best(Ints row, Ints column, Floats score, Ints new_row, Ints new_column,
-                Floats new_score, Ints k, Unsigned salt, IntResult best_row, IntResult best_column,
-                FloatResult best_score) {
+ffi::Error best(ffi::ThreadPool pool, Ints row, Ints column, Floats score, Ints new_row,
+                Ints new_column, Floats new_score, Ints k, Unsigned salt, IntResult best_row,
+                IntResult best_column, FloatResult best_score) {
   const int64_t P = best_score->element_count();
   const List out{best_row->typed_data(), best_column->typed_data(), best_score->typed_data(), P};
   const List more{new_row.typed_data(), new_column.typed_data(), new_score.typed_data(),
@@ -197,26 +236,32 @@ ffi::Error best(Ints row, Ints column, Floats score, Ints new_row, Ints new_colu
   List a{row.typed_data(), column.typed_data(), score.typed_data(), int64_t(score.element_count())};
   if (a.size != P) return ffi::Error::InvalidArgument("dst_best: as many are given as are told.");
   float least = 0;
-  if (!is_distinct(a, least)) {
+  if (!is_distinct(pool, a, least)) {
     a = only(a, out, Distinct(a));
     least = 0;
   }
   const int64_t asked = std::clamp<int64_t>(k.typed_data()[0], 0, P);
   if (a.size < asked) least = 0;  // else what is worse than all of these is not among the best
-  Few few;
-  Distinct first(more);
-  bool exist = true;
   const auto exists = [&](int32_t row) { return uint32_t(row) < uint64_t(salt.element_count()); };
-  for (int64_t p = 0; p < more.size; p++) {
-    if (!first(p)) continue;
-    exist &= exists(more.row[p]);
-    if (more.score[p] >= least) few.add(more, p);
-  }
-  if (!exist || (a.size > 0 && !(exists(a.row[0]) && exists(a.row[a.size - 1])))) {
+  std::vector<Few> each(parts_of(pool, more.size));
+  std::vector<char> exist(each.size());
+  in_parts(pool, more.size, [&](int64_t begin, int64_t end, int64_t part) {
+    Distinct first(more, begin);
+    bool all = true;
+    for (int64_t p = begin; p < end; p++) {
+      if (!first(p)) continue;
+      all &= exists(more.row[p]);
+      if (more.score[p] >= least) each[part].add(more, p);
+    }
+    exist[part] = all;
+  });
+  for (size_t part = 1; part < each.size(); part++) each[0].add(each[part]);
+  const bool ends_exist = a.size == 0 || (exists(a.row[0]) && exists(a.row[a.size - 1]));
+  if (!ends_exist || std::count(exist.begin(), exist.end(), 0)) {
     return ffi::Error::InvalidArgument("dst_best: every candidate's row has a salt.");
   }
-  List b = others(a, few.list());
-  const Cut cut = cut_of(a, b, std::min(asked, a.size + b.size), salt.typed_data());
+  List b = others(a, each[0].list());
+  const Cut cut = cut_of(pool, a, b, std::min(asked, a.size + b.size), salt.typed_data());
   a = only(a, out, [&](int64_t p) { return cut.keeps(a, p); });
   b = only(b, b, [&](int64_t p) { return cut.keeps(b, p); });
   merge(a, b);
@@ -232,6 +277,7 @@ ffi::Error best(Ints row, Ints column, Floats score, Ints new_row, Ints new_colu
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DstBest, dst::best,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Floats>()
