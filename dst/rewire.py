@@ -38,6 +38,7 @@ from dst.methods.memory import after_rewire, memory_report, refuse_waiting
 from dst.methods.plan import plan
 from dst.methods.quota import exchange_within
 from dst.methods.share import SHARES, shared_out
+from dst.methods.subset import later_than
 from dst.network import Network
 from dst.optimizer import check_optimizer
 from dst.state import TIE_STREAM, SparseState, active_counts, stream
@@ -74,6 +75,9 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         salt = row_salts(A.parts, stream(state, TIE_STREAM))
         # The gradient is taken before the drop; P and G are disjoint: S holds inactive ones only.
         S = sample(state, batch, fg, event, salt)
+        if not A.every_possible:  # else XLA would hold what chooses P while S is drawn
+            state = state.replace(params=later_than(S.realised, state.params))
+            w = A.weights(state.params)
         surplus = A.total - target
         view = looked_at(A, w, salt, state.method, drop_rule.strength)
         finite = S.finite & all_finite(w)
