@@ -1,6 +1,7 @@
 """Multilayer perceptrons through the user's functions: a step and a rewire, sparse and masked.
 
-    python -m experiments.benchmarks.mlp [--hidden 4096 16384] [--seconds 40] [--out FILE.jsonl]
+    python -m experiments.benchmarks.mlp [--hidden 4096 16384] [--seconds 40] [--no-pure]
+        [--out FILE.jsonl]
 
 1024-H-H-10 at 98 % sparsity, batch 128, float32, SGD with momentum, the state donated as in a run.
 The rewire is GSE-GraBo's first, which is the largest: |P| = 0.2 K, |S| = 10 |P|. All variants run
@@ -12,6 +13,7 @@ has above them is given for each connection.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import json
@@ -111,10 +113,10 @@ def peak(variant: str, what: str, **task: Any) -> dict[str, int]:
     }
 
 
-def cells(hidden: int, seconds: float) -> Iterator[dict[str, Any]]:
+def cells(hidden: int, seconds: float, pure: bool = True) -> Iterator[dict[str, Any]]:
     """A line for every variant's step, and for every sparse variant's rewire."""
     task = Task(1024, hidden, 0.98, 128)
-    variants = VARIANTS[not kernels.available() :]
+    variants = [v for v in VARIANTS[not kernels.available() :] if pure or v != "pure JAX"]
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for what, among in (("step", variants), ("rewire", variants[:-1])):
         runs = {v: run_of(task, v, what, compiled(task, v, what)) for v in among}
@@ -164,6 +166,7 @@ def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--hidden", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--pure", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     if options.alone:
         print(json.dumps(peak(**json.loads(options.alone))))
@@ -171,7 +174,7 @@ def main() -> None:
     lines = measure.Lines(options.out)
     lines.add(measure.header("mlp", dtype="float32"))
     for hidden in options.hidden:
-        for cell in cells(hidden, options.seconds):
+        for cell in cells(hidden, options.seconds, options.pure):
             lines.add(cell)
     print(table(lines.lines[1:]))
 
