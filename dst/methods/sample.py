@@ -29,7 +29,7 @@ from dst.network import Network
 Array = jax.Array
 Visit = Callable[[Any, Pairs, Array], Any]  # visit(carry, pairs, which of them are in S) -> carry
 
-LEAST, MOST = 2**14, 2**20  # pairs of a chunk
+LEAST, MOST = 2**15, 2**20  # pairs of a chunk
 
 
 class Sampling(NamedTuple):
