@@ -286,6 +286,24 @@ def test_both_tiers_find_the_same_pairs(seed, block):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
+@pytest.mark.parametrize(("rows", "count"), [(2000, 40_000), (4000, 39_123)])
+def test_many_threads_find_the_same_pairs(rows, count):
+    """Two digits to sort, and three."""
+    rng = np.random.default_rng(rows)
+    f, g = (
+        cumulative_shares(jnp.asarray(rng.lognormal(sigma=2, size=n), jnp.float32))
+        for n in (9000, 4000)
+    )
+    salt = rng.integers(2**32, size=4000, dtype=np.uint32)
+    random = rng.integers(2**32, size=(2, 40_000), dtype=np.uint32)
+    bounds = np.array([4000 - rows, 4000, 0, 9000], np.int32)
+    given = random, np.int32(count), bounds, f, g, salt, np.uint32(9000)
+    pure = jax.jit(arrivals.pairs_of)(*given)
+    for one, other in zip(kernels.arrivals(*given), pure, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_the_first_of_several_arrivals_is_the_least_of_as_many_uniform_times():
     """One pair, n arrivals: the mean of the least is 1 / (n + 1)."""
     one = cumulative_shares(jnp.ones(1))

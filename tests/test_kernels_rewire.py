@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dst.connections.backends import cpp as kernels
+from dst.connections.hashing import hashed as hashes
 from tests.arenas import hashed
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not())
@@ -53,6 +54,45 @@ def test_best_of_two_lists(seed, P, Q, part):
     expected = brute_best([old, new], k, salt)
     expected += [(2**31 - 1, 0, -1.0)] * (P - len(expected))
     assert list(zip(row.tolist(), column.tolist(), score.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("values", [7, 1000, 2**22])
+def test_the_best_of_lists_as_long_as_those_of_a_network(values):
+    """Cut for several threads, and where most of the new ones are worse than all so far."""
+    rng = np.random.default_rng(values)
+    P, key = 150_000, rng.permutation(600_000)
+    salt = rng.integers(2**32, size=6000, dtype=np.uint32)
+
+    def drawn(n):
+        own = np.sort(rng.choice(key, n, replace=False))
+        score = rng.integers(values, size=n).astype(np.float32)
+        return *(a.astype(np.int32) for a in divmod(own, 100)), score
+
+    held = drawn(P)
+    for k in (P, P - 1000):
+        new = drawn(120_000)
+        row, column, score = (np.concatenate(pair) for pair in zip(held, new, strict=True))
+        _, first = np.unique(row * 100 + column, return_index=True)
+        row, column, score = row[first], column[first], score[first]
+        order = np.lexsort((np.asarray(hashes(salt[row], column)), -score))[:k]
+        wanted = np.sort(order)
+        found = [np.asarray(a) for a in kernels.best(*held, *new, jnp.int32(k), salt)]
+        for a, b in zip(found, (row, column, score), strict=True):
+            np.testing.assert_array_equal(a[:k], b[wanted])
+        held = tuple(found)
+    assert (held[2][k:] == -1).all()
+
+
+def test_connections_are_found_in_any_order_and_number():
+    rng = np.random.default_rng(0)
+    there = rng.random((300, 700)) < 0.1
+    pointer = np.concatenate([[0], np.cumsum(there.sum(1))]).astype(np.int32)
+    column = np.nonzero(there)[1].astype(np.int32)
+    row, wanted = rng.integers(-1, 301, 40_000), rng.integers(0, 700, 40_000)
+    expected = ((row >= 0) & (row < 300)) & there[np.clip(row, 0, 299), wanted]
+    for order in (np.arange(40_000), np.lexsort((wanted, row))):
+        asked = (a[order].astype(np.int32) for a in (row, wanted))
+        np.testing.assert_array_equal(kernels.exists(column, pointer, *asked), expected[order])
 
 
 def test_best_refuses_a_row_without_a_salt():

@@ -151,7 +151,7 @@ float score_above(const List& list, int64_t n) {
 Cut cut_of(ffi::ThreadPool& pool, const List& a, const List& b, int64_t kept, const uint32_t* salts) {
   constexpr std::pair<uint32_t, uint64_t> all{~0u, ~uint64_t{0}};
   if (kept == a.size + b.size) return {-1, all, salts};
-  if (kept == 0) return {std::numeric_limits<float>::infinity(), {0, 0}, salts};
+  if (kept == 0) return {std::numeric_limits<float>::quiet_NaN(), all, salts};  // none is above it
   const auto each = [&](const auto& f) {
     for (const List* list : {&a, &b}) {
       for (int64_t p = 0; p < list->size; p++) f(*list, p);
