@@ -5,7 +5,6 @@ What data sets and models there are, and what each needs, the rooms say: `dst.da
 
 from __future__ import annotations
 
-import difflib
 import runpy
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +24,7 @@ from dst.errors import (
     integer,
     is_int,
     is_number,
+    near,
     number,
     one_of,
     tuple_of,
@@ -198,8 +198,7 @@ def load(path: str | None) -> ConfigDict:
 def check_name(field: str) -> None:
     """`ConfigError` if there is no such field."""
     if field not in _RULES:
-        near = difflib.get_close_matches(field, _RULES, n=1)
-        hint = f'; did you mean "{near[0]}"?' if near else "; dst/config.py lists them all."
+        hint = near(field, _RULES) or "; dst/config.py lists them all."
         raise ConfigError(f'The config has no field "{field}"{hint}')
 
 

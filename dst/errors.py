@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import textwrap
 from collections.abc import Callable, Collection
@@ -26,6 +27,12 @@ def check_value(name: str, value: Any, rule: Rule) -> None:
     if not ok(value):
         words = allowed if isinstance(allowed, str) else allowed()
         raise ConfigError(f"{name} must be {words}, not {value!r}.")
+
+
+def near(name: str, names: Collection[str]) -> str:
+    """A hint at the name that was meant, if one of them is much like it."""
+    found = difflib.get_close_matches(name, names, n=1)
+    return f'; did you mean "{found[0]}"?' if found else ""
 
 
 # -------------------------------------------------------------------------------------------- rules

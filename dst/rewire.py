@@ -172,6 +172,7 @@ def make_rewire(
 ) -> Callable[[SparseState, Any], tuple[SparseState, dict[str, Any]]]:
     """The jitted rewire step: (state, batch) -> (state, report); compiled once for a whole run.
 
+    To be called before the update of the steps that `dst.due(method, step)` names, and no others.
     With `donate` the new state takes the memory of the old one, which is then gone.
     """
     check_optimizer(tx)

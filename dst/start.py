@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ from dst.methods.memory import begun, first_memory
 from dst.network import Network
 from dst.optimizer import check_optimizer, check_steps
 from dst.state import SparseState, fresh_progress
+
+LOGGER = logging.getLogger("dst")
 
 Array = jax.Array
 
@@ -117,6 +120,8 @@ def taken(
     source = given(net, params, rest)
     positions = kept(net, method, source, keep, mask_key)
     counts = {path: position.size for path, position in positions.items()}
+    for path in (path for path, count in counts.items() if not count and net.layers[path].size):
+        LOGGER.warning('%s begins without a connection; keep="layer" keeps some of each.', path)
     layers = ((p, source.values(path, p)) for path, p in positions.items())
     return First(source.variables, counts, layers)
 
@@ -254,6 +259,7 @@ def prune_at_init(
         )
     if BEFORE[method.before].gradients:
         takes_key(loss)
+        several(batches)
     check_execution(method, net.execution)
     active = sum(np.count_nonzero(mask) for mask in state.masks.values())
     if active < K:
@@ -263,6 +269,18 @@ def prune_at_init(
         )
     masks = BEFORE[method.before].prune(net, method, loss, state, Given(K, batches, devices, show))
     return start_with(tx, state, masks)
+
+
+def several(batches: Any) -> None:
+    """Raises ConfigError: one batch where an iterable of them must be."""
+    one = isinstance(batches, Mapping)
+    if isinstance(batches, tuple):
+        one = any(isinstance(part, jax.Array | np.ndarray) for part in batches)
+    if one or not isinstance(batches, Iterable):
+        raise ConfigError(
+            "batches must be an iterable of batches, such as [batch], not a "
+            f"{type(batches).__name__}{' of arrays' if one else ''}."
+        )
 
 
 def _check_parts(net: Any, tx: Any, method: Any) -> None:

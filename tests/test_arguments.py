@@ -135,6 +135,15 @@ MISTAKES = {
         lambda: dst.prune_at_init(NET, TX, dst.method("snip", 0.5), None, STATE),
         r"^loss must be a function of \(apply, batch\), not None\.$",
     ),
+    "one batch": (
+        lambda: dst.prune_at_init(NET, TX, dst.method("snip", 0.5), loss, STATE, (X, Y)),
+        r"^batches must be an iterable of batches, such as \[batch\], not a tuple of arrays\.$",
+    ),
+    "one batch, a dict": (
+        lambda: dst.prune_at_init(NET, TX, dst.method("snip", 0.5), loss, STATE, {"x": X}),
+        r"^batches must be .*, not a dict of arrays\.$",
+    ),
+    "field": (lambda: dst.method("set", evry=9), r"no field 'evry'; did you mean \"every\"\?; it"),
     "value_fn, sparse": (begin(SPARSE, optax.lbfgs()), r"^the optimizer fails with .*'value_fn'"),
     "value_fn": (begin(tx=optax.lbfgs()), r"^the optimizer fails with .*'value_fn'.* no func"),
     "weights": (lambda: dst.weighted_mean(X, X[:, :1]), r"^weights must be .*\(8, 6\), not \(8, 1"),

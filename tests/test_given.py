@@ -265,3 +265,16 @@ def test_dense_weights_put_into_a_masked_state_leave_its_file_and_predictor_alik
     x = tiny.batch(3)[0]
     of_file, of_state = (dst.predictor(network(), a)(x) for a in (tmp_path / "a.npz", state))
     np.testing.assert_array_equal(of_file, of_state)
+
+
+def test_a_layer_that_begins_empty_is_told(caplog):
+    """As the largest of all layers together may leave one."""
+    weights = variables()
+    small = jax.tree.map(jnp.asarray, weights)
+    head = small["params"]["Dense_0"]["kernel"]
+    small["params"]["Dense_0"]["kernel"] = 1e-9 * head
+    begin(small, sparsity=0.9)
+    assert 'Dense_0 begins without a connection; keep="layer" keeps some of each.' in caplog.text
+    caplog.clear()
+    begin(small, sparsity=0.9, keep="layer")
+    assert "begins without" not in caplog.text

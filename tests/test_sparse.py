@@ -251,3 +251,15 @@ def test_activations_stay_feature_major_from_layer_to_layer(tier):
     net, _, state = wide("sparse")
     text = compiled(update_body(net, tiny.SGD, tiny.loss), state, wide_batch())
     assert len(re.findall(r"= f32\[(?:8,1024|1024,8)\]\S* transpose\(", text)) == 1
+
+
+@pytest.mark.parametrize("width", [1, 60, 80])
+def test_an_input_of_another_width_is_refused(tier, width):
+    """No product would notice: kernels read what stands behind a row."""
+    net = dst.network(nn.Sequential([nn.Dense(4)]), jnp.zeros((1, 64)), execution="sparse")
+    state = dst.init_state(net, tiny.SGD, dst.method("set", 0.5), jax.random.key(0))
+    with pytest.raises(dst.ConfigError, match=f"reads 64 units, not {width}: its input is"):
+        dst.predictor(net, state)(np.zeros((2, width), np.float32))
+    update = dst.make_update(net, tiny.SGD, lambda apply, x: (apply(x).sum(), {}), devices=ONE)
+    with pytest.raises(dst.ConfigError, match=f"reads 64 units, not {width}: its input is"):
+        update(state, np.zeros((2, width), np.float32))

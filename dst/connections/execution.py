@@ -33,6 +33,7 @@ from dst.connections.products import (
     frozen_product,
     product,
 )
+from dst.errors import ConfigError
 from dst.layers.conv import fast_convolution
 from dst.network import Network, layer_call, skipping
 
@@ -170,10 +171,16 @@ def linear(
 ) -> tuple[Array, Array]:
     """W h + b of a sparse layer and its `values`, by default those in the module's collection.
 
-    h and y are as the module has them, y in h's dtype.
+    h and y are as the module has them, y in h's dtype. Raises: h of another number of units.
     """
     bias = None if bias is None else bias.ravel()
-    y, values = _linear(part, module, part.layer.inputs(h), bias, values, frozen, mark)
+    given, units = part.layer.inputs(h), part.layer.channels
+    if given.shape[-1] != units:  # whose columns nothing behind this would check
+        raise ConfigError(
+            f"layer {part.layer.path!r} reads {units} units, not {given.shape[-1]}: its input is "
+            f"{jnp.shape(h)}, another size than that of dst.network(model, x)."
+        )
+    y, values = _linear(part, module, given, bias, values, frozen, mark)
     return part.layer.outputs(y), values
 
 

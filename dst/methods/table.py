@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dst.errors import ConfigError, check_value, one_of
+from dst.errors import ConfigError, check_value, near, one_of
 from dst.methods.base import Method
 from dst.methods.combinations import check, unread
 from dst.methods.drop import DROPS
@@ -206,17 +206,19 @@ def row_of(name: str, sparsity: float = 0.0) -> Method:
 def method(name: str, sparsity: float = 0.98, **options) -> Method:
     """A row of Table 1 by name; `options` are fields of `Method`.
 
-    `every` and `end` are a run's schedule, which any method takes. `sparsity_of` may be a dict:
+    `every` and `end` are a run's schedule, which any method takes: a rewire every 1000 steps up to
+    step 46,800, as the paper has it, unless you say otherwise. `sparsity_of` may be a dict:
     {"*/attention/*": 0.9, "head": None} gives the layers whose paths a glob matches (the first that
     does) that sparsity at the start, None all connections for good; the others share what is left
-    of K. Raises: an unknown name, field
-    or heuristic, a value out of range, fields that do not go together or that it never reads.
+    of K. Raises: an unknown name, field or heuristic, a value out of range, fields that do not go
+    together or that it never reads.
     """
     check_value("method", name, one_of(METHODS))
     unknown = options.keys() - Method._fields
     if unknown:
         raise ConfigError(
-            f"a method has no field {min(unknown)!r}; it has {', '.join(Method._fields)}."
+            f"a method has no field {min(unknown)!r}{near(min(unknown), Method._fields)}; it has "
+            f"{', '.join(Method._fields)}."
         )
     # A step count is often NumPy's; a method holds plain numbers.
     options = {f: v.item() if isinstance(v, np.generic) else v for f, v in options.items()}

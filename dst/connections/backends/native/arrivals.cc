@@ -68,12 +68,12 @@ void radix_sort(ffi::ThreadPool& pool, std::vector<uint32_t>& numbers, std::vect
   const int bits = 32 - __builtin_clz(most | 1), digits = bits > 24 ? 3 : 2;
   const int width = (bits + digits - 1) / digits;
   const int64_t n = int64_t(numbers.size()), values = int64_t{1} << width;
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(n / kPiece, pool.num_threads()));
+  const int64_t parts = parts_of(pool, n, kPiece);
   std::vector<int64_t> next(parts * values);  // where a part's next number with a digit goes
   const auto each = [&](int shift, const auto& f) {
-    parallel_for(pool, parts, parts, [&](int64_t part) {
+    in_parts(pool, n, parts, [&](int64_t begin, int64_t end, int64_t part) {
       int64_t* own = next.data() + part * values;
-      for (int64_t p = n * part / parts; p < n * (part + 1) / parts; p++) {
+      for (int64_t p = begin; p < end; p++) {
         f(numbers[p], own[numbers[p] >> shift & (values - 1)]);
       }
     });

@@ -50,21 +50,9 @@ struct List {
   }
 };
 
-constexpr int64_t kPiece = 1 << 15;  // candidates of a thread's part
+constexpr int64_t kPiece = 1 << 15;  // candidates of a thread's part, at least
 
-int64_t parts_of(ffi::ThreadPool& pool, int64_t n) {
-  return std::max<int64_t>(1, std::min<int64_t>(n / kPiece, pool.num_threads()));
-}
-
-// Calls f(begin, end, part) for the parts of n candidates.
-template <class F>
-void in_parts(ffi::ThreadPool& pool, int64_t n, const F& f) {
-  const int64_t parts = parts_of(pool, n);
-  parallel_for(pool, parts, parts,
-               [&](int64_t part) { f(n * part / parts, n * (part + 1) / parts, part); });
-}
-
-// Moves what `keeps` tells to the front of `to`: the same list, shorter.
+// Copies the members for which `keeps` is true to the front of `to`, which may be the list itself.
 template <class F>
 List only(const List& list, const List& to, F keeps) {
   int64_t n = 0;
@@ -101,9 +89,9 @@ class Distinct {
 bool is_distinct(ffi::ThreadPool& pool, List& list, float& least) {
   int64_t n = list.size;
   while (n > 0 && !(list.score[n - 1] >= 0)) n--;
-  std::vector<char> all(parts_of(pool, n));
+  std::vector<char> all(parts_of(pool, n, kPiece));
   std::vector<float> lowest(all.size());
-  in_parts(pool, n, [&](int64_t begin, int64_t end, int64_t part) {
+  in_parts(pool, n, all.size(), [&](int64_t begin, int64_t end, int64_t part) {
     bool right = true;
     float low = std::numeric_limits<float>::infinity();
     for (int64_t p = begin; p < end; p++) {
@@ -122,7 +110,7 @@ bool is_distinct(ffi::ThreadPool& pool, List& list, float& least) {
 
 // Which candidates are the best: those above a score, and of those that have it the lowest hashes; of
 // equal hashes the first connections.
-struct Cut {
+struct ScoreCut {
   float score;
   std::pair<uint32_t, uint64_t> last;
   const uint32_t* salts;
@@ -136,7 +124,7 @@ struct Cut {
   }
 };
 
-// A score that likely somewhat more than n of a list do not exceed, by a sample of it.
+// A score that somewhat more than n of a list do not exceed, likely: it is from a sample.
 float score_above(const List& list, int64_t n) {
   constexpr int64_t kEvery = 64;
   std::vector<float> sample;
@@ -147,8 +135,9 @@ float score_above(const List& list, int64_t n) {
   return sample[rank];
 }
 
-// That of the `kept` best of both.
-Cut cut_of(ffi::ThreadPool& pool, const List& a, const List& b, int64_t kept, const uint32_t* salts) {
+// The cut below the `kept` best of both. Only scores that the sample calls low are looked at, unless they
+// turn out to be too few.
+ScoreCut cut_of(ffi::ThreadPool& pool, const List& a, const List& b, int64_t kept, const uint32_t* salts) {
   constexpr std::pair<uint32_t, uint64_t> all{~0u, ~uint64_t{0}};
   if (kept == a.size + b.size) return {-1, all, salts};
   if (kept == 0) return {std::numeric_limits<float>::quiet_NaN(), all, salts};  // none is above it
@@ -159,13 +148,13 @@ Cut cut_of(ffi::ThreadPool& pool, const List& a, const List& b, int64_t kept, co
   };
   const int64_t worse = a.size + b.size - kept;
   const float most = score_above(a, worse);
-  std::vector<std::vector<float>> each_low(parts_of(pool, a.size) + 1);
+  std::vector<std::vector<float>> each_low(parts_of(pool, a.size, kPiece) + 1);
   const auto gather = [&](const List& list, int64_t begin, int64_t end, int64_t part) {
     for (int64_t p = begin; p < end; p++) {
       if (list.score[p] <= most) each_low[part].push_back(list.score[p]);
     }
   };
-  in_parts(pool, a.size,
+  in_parts(pool, a.size, each_low.size() - 1,
            [&](int64_t begin, int64_t end, int64_t part) { gather(a, begin, end, part); });
   gather(b, 0, b.size, int64_t(each_low.size()) - 1);
   std::vector<float> low;
@@ -175,7 +164,7 @@ Cut cut_of(ffi::ThreadPool& pool, const List& a, const List& b, int64_t kept, co
     each([&](const List& list, int64_t p) { low.push_back(list.score[p]); });
   }
   std::nth_element(low.begin(), low.begin() + worse, low.end());
-  Cut cut{low[worse], all, salts};
+  ScoreCut cut{low[worse], all, salts};
   int64_t equal = 0, left = -worse;
   for (const float s : low) {
     left += s <= cut.score;
@@ -243,9 +232,9 @@ ffi::Error best(ffi::ThreadPool pool, Ints row, Ints column, Floats score, Ints 
   const int64_t asked = std::clamp<int64_t>(k.typed_data()[0], 0, P);
   if (a.size < asked) least = 0;  // else what is worse than all of these is not among the best
   const auto exists = [&](int32_t row) { return uint32_t(row) < uint64_t(salt.element_count()); };
-  std::vector<Few> each(parts_of(pool, more.size));
+  std::vector<Few> each(parts_of(pool, more.size, kPiece));
   std::vector<char> exist(each.size());
-  in_parts(pool, more.size, [&](int64_t begin, int64_t end, int64_t part) {
+  in_parts(pool, more.size, each.size(), [&](int64_t begin, int64_t end, int64_t part) {
     Distinct first(more, begin);
     bool all = true;
     for (int64_t p = begin; p < end; p++) {
@@ -261,7 +250,7 @@ ffi::Error best(ffi::ThreadPool pool, Ints row, Ints column, Floats score, Ints 
     return ffi::Error::InvalidArgument("dst_best: every candidate's row has a salt.");
   }
   List b = others(a, each[0].list());
-  const Cut cut = cut_of(pool, a, b, std::min(asked, a.size + b.size), salt.typed_data());
+  const ScoreCut cut = cut_of(pool, a, b, std::min(asked, a.size + b.size), salt.typed_data());
   a = only(a, out, [&](int64_t p) { return cut.keeps(a, p); });
   b = only(b, b, [&](int64_t p) { return cut.keeps(b, p); });
   merge(a, b);

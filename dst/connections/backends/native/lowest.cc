@@ -19,26 +19,19 @@ using FlagResult = ffi::ResultBuffer<ffi::PRED>;
 namespace dst {
 namespace {
 
-constexpr int64_t kPiece = 1 << 16;  // numbers of a thread's part
+constexpr int64_t kPiece = 1 << 16;  // numbers of a thread's part, at least
 constexpr int kDigits[][2] = {{21, 11}, {10, 11}, {0, 10}};  // where each begins, and its bits
 
-// Calls f(begin, end, part) for parts of n numbers.
-template <class F>
-void in_parts(ffi::ThreadPool& pool, int64_t n, int64_t parts, const F& f) {
-  parallel_for(pool, parts, pool.num_threads(),
-               [&](int64_t part) { f(n * part / parts, n * (part + 1) / parts, part); });
-}
-
 // The k-th lowest of some numbers, how many are equal to it, and how many of these are among the k.
-struct Cut {
+struct NumberCut {
   uint32_t number;
   int64_t equal, kept;
 };
 
 // That of all for which each(begin, end, f) calls f(number), of n entries. There are k of them at least.
 template <class Each>
-Cut cut_of(ffi::ThreadPool& pool, int64_t n, int64_t parts, int64_t k, const Each& each) {
-  Cut cut{0, 0, k};
+NumberCut cut_of(ffi::ThreadPool& pool, int64_t n, int64_t parts, int64_t k, const Each& each) {
+  NumberCut cut{0, 0, k};
   uint32_t mask = 0;
   for (const auto& [shift, bits] : kDigits) {
     const uint32_t values = uint32_t{1} << bits;
@@ -91,7 +84,7 @@ ffi::Error lowest(ffi::ThreadPool pool, Unsigned order, Flags eligible, Ints k, 
   }
   const uint32_t *numbers = order.typed_data(), flip = highest ? ~uint32_t{0} : 0;
   const bool* member = eligible.typed_data();
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(n / kPiece, pool.num_threads()));
+  const int64_t parts = parts_of(pool, n, kPiece);
   const int64_t wanted = std::min<int64_t>(k.typed_data()[0], std::count(member, member + n, true));
   bool* to = chosen->typed_data();
   left->typed_data()[0] = 0;
@@ -100,7 +93,7 @@ ffi::Error lowest(ffi::ThreadPool pool, Unsigned order, Flags eligible, Ints k, 
     std::fill_n(to, n, false);
     return ffi::Error::Success();
   }
-  const Cut cut = cut_of(pool, n, parts, wanted, [&](int64_t begin, int64_t end, const auto& f) {
+  const NumberCut cut = cut_of(pool, n, parts, wanted, [&](int64_t begin, int64_t end, const auto& f) {
     for (int64_t p = begin; p < end; p++) {
       if (member[p]) f(numbers[p] ^ flip);
     }
@@ -123,7 +116,7 @@ ffi::Error lowest(ffi::ThreadPool pool, Unsigned order, Flags eligible, Ints k, 
       if (same(p)) to[p] = true, rest--;
     }
   } else {
-    const Cut own = cut_of(pool, n, parts, rest, [&](int64_t begin, int64_t end, const auto& f) {
+    const NumberCut own = cut_of(pool, n, parts, rest, [&](int64_t begin, int64_t end, const auto& f) {
       ties.each(begin, end, same, [&](int64_t, uint32_t hash) { f(hash); });
     });
     rest = own.kept;
@@ -143,7 +136,7 @@ ffi::Error hashes(ffi::ThreadPool pool, Ints column, Ints pointer, Unsigned salt
   }
   const uint32_t* salts = salt.typed_data();
   uint32_t* to = out->typed_data();
-  const int64_t parts = std::max<int64_t>(1, std::min(rows, K / kPiece));
+  const int64_t parts = std::min(std::max<int64_t>(rows, 1), parts_of(pool, K, kPiece));
   in_parts(pool, rows, parts, [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t r = begin; r < end; r++) {
       for (int64_t p = start[r]; p < start[r + 1]; p++) to[p] = hashed(salts[r], c[p]);

@@ -42,4 +42,16 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t parts, int64_t threads, co
   progress->all_done.wait(lock, [&] { return progress->done.load() == parts; });
 }
 
+// How many parts n entries make, one a thread, none of fewer than `least`.
+inline int64_t parts_of(xla::ffi::ThreadPool& pool, int64_t n, int64_t least) {
+  return std::max<int64_t>(1, std::min<int64_t>(n / least, pool.num_threads()));
+}
+
+// Calls f(begin, end, part) for parts of n entries.
+template <class F>
+void in_parts(xla::ffi::ThreadPool& pool, int64_t n, int64_t parts, const F& f) {
+  parallel_for(pool, parts, parts,
+               [&](int64_t part) { f(n * part / parts, n * (part + 1) / parts, part); });
+}
+
 }  // namespace dst
