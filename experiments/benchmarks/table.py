@@ -17,6 +17,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 HEAD = (
     "network and its sparsity",
     "connections",
+    "dense step: Flax, PyTorch",
     "masked: a step",
     "peak",
     "truly sparse: a step",
@@ -47,11 +48,14 @@ def seconds(number: float) -> str:
     return f"{number:.2g} s" if number >= 1 else f"{number * 1e3:.0f} ms"
 
 
-def pair(network: str, connections: int, times: list[float], peaks: list[float]) -> list[str]:
+def pair(
+    network: str, connections: int, times: list[float], peaks: list[float], dense: str = "–"
+) -> list[str]:
     """A row with both executions measured, masked first."""
     return [
         network,
         f"{connections / 1e6:.2g} M",
+        dense,
         *(text for t, p in zip(times, peaks, strict=True) for text in (seconds(t), size(p))),
         f"{times[0] / times[1]:.1f} ×",
         f"{peaks[0] / peaks[1]:.1f} ×",
@@ -73,11 +77,13 @@ def convolutional(log: str) -> Iterator[list[str]]:
     }
     for model, sparsity in [(m, s) for m, variant, s in timed if variant == "masked"]:
         keys = [(model, variant, sparsity) for variant in ("masked", "sparse")]
+        dense = [timed.get((model, v, 0.0)) for v in ("plain", "torch, channels last")]
         yield pair(
             f"{NAMES[model]}, {100 * sparsity:.6g} %",
             timed[keys[1]]["layer_parameters"],
             [timed[key]["median_seconds"] for key in keys],
             [held[key] for key in keys],
+            ", ".join(seconds(c["median_seconds"]) for c in dense if c) or "–",
         )
 
 
@@ -102,6 +108,7 @@ def does_not_fit() -> Iterator[list[str]]:
         yield [
             f"{network}, {100 * cell['sparsity']:.6g} %",
             f"{cell['connections'] / 1e6:.3g} M",
+            "–",
             "–",
             f"{size(cell['dense_bytes'])} of state alone",
             seconds(cell["step"]["median_seconds"]),
