@@ -166,7 +166,10 @@ def refuse_other_layers(net: Network, state: SparseState) -> None:
 def refuse_another(net: Network, tx: optax.GradientTransformation, state: SparseState) -> None:
     """Raises: a state of another network or optimizer. Asked while a step is traced."""
     if not isinstance(state.masks, EXECUTIONS[net.execution].kind):
-        raise ConfigError(f"state is of another network, not one of execution {net.execution!r}.")
+        raise ConfigError(
+            f"state is of another network, not one of execution {net.execution!r}; init_state(net, "
+            "tx, method, key) makes one, from weights or a file of dst.export with params=."
+        )
     refuse_other_layers(net, state)
     fresh = jax.eval_shape(tx.init, state.params)
     structure: Any = jax.tree.structure

@@ -155,7 +155,7 @@ def run_once(
             header["tier"] = tier
             log.say(f"Sparse execution: {tier}.")
         manager = checkpoint.open_manager(workdir, config.checkpoints_kept)
-        restored = restore(manager, built.state, config, workdir)
+        restored = restore(manager, built, config, workdir)
     state = built.state if restored is None else restored
     step = -1 if restored is None else int(state.step)
     check_step(step, workdir)
@@ -206,17 +206,17 @@ def parts(
     )
 
 
-def restore(
-    manager: Any, state: SparseState, config: ConfigDict, workdir: Path
-) -> SparseState | None:
+def restore(manager: Any, built: Built, config: ConfigDict, workdir: Path) -> SparseState | None:
     """The newest intact checkpoint, None if there is none. Raises: Stopped, ConfigError."""
     try:
         # Whatever was saved had been pruned.
-        restored, _ = checkpoint.restore(manager, begun(state), config.to_dict(), log.say)
+        restored, _ = checkpoint.restore(manager, begun(built.state), config.to_dict(), log.say)
     except checkpoint.Unreadable as error:
         raise Stopped(str(error)) from error
     if restored is not None:
-        log.say(f"Resuming {workdir} at step {int(restored.step)}.")
+        step, last = int(restored.step), config.epochs * built.per_epoch
+        over = f"{workdir} is finished; another --workdir begins anew."
+        log.say(f"Resuming {workdir} at step {step}." if step < last else over)
     return restored
 
 
