@@ -76,7 +76,7 @@ def test_logs_are_found_by_model_and_cost_what_their_masks_say():
 def test_xla_plans_little_for_a_truly_sparse_step_and_nothing_for_a_method_that_is_not():
     masked_step, masked_rewire, step, rewire = cost.measured({"method": "set"}, 0.98)
     assert float(step) < 0.12 < 3 < float(masked_step)
-    assert float(rewire) < 0.2 < 3 < float(masked_rewire)
+    assert float(rewire) < 0.25 < 3 < float(masked_rewire)  # a chunk of 2^15 pairs is most of it
     snip_step, *rest = cost.measured({"method": "snip"}, 0.98)
     assert float(snip_step) > 3 and rest == ["–", "–", "–"]
 
