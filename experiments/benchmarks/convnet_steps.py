@@ -177,18 +177,24 @@ def held_sparse(state: Any) -> tuple[int, int, int]:
 
 def plain_program(case: Case) -> Program:
     """Flax and optax alone, dense, with XLA's convolutions; the state is given away, too."""
-    net, tx = network(case), sgd()
-    whole = plain_step(net.model, tx, lambda call, args, kwargs, _: call(*args, **kwargs))
-    step = jax.jit(lambda state, x, y: (whole(*state, x, y), ()), donate_argnums=0)
-    initialise = jax.jit(lambda key, x: net.model.init(key, x, train=False))
+    step, start = plain(network(case).model, sgd())
+    begin = lambda: start(*batch_of(case))  # noqa: E731
+    shapes = measure.shapes(begin())
+    return Program(lambda: step.lower(*shapes).compile(), begin, held_dense)
 
-    def begin() -> tuple[Any, ...]:
-        x, y = (jnp.array(a) for a in batch_of(case))
+
+def plain(model: nn.Module, tx: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+    """The step of Flax and optax alone, and (images, labels) -> what it takes first."""
+    whole = plain_step(model, tx, lambda call, args, kwargs, _: call(*args, **kwargs))
+    step = jax.jit(lambda state, x, y: (whole(*state, x, y), ()), donate_argnums=0)
+    initialise = jax.jit(lambda key, x: model.init(key, x, train=False))
+
+    def begin(images: np.ndarray, labels: np.ndarray) -> tuple[Any, ...]:
+        x, y = jnp.array(images), jnp.array(labels)
         variables = initialise(jax.random.key(0), x)
         return (variables, tx.init(variables["params"])), x, y
 
-    shapes = measure.shapes(begin())
-    return Program(lambda: step.lower(*shapes).compile(), begin, held_dense)
+    return step, begin
 
 
 def held_dense(state: tuple[Any, Any]) -> tuple[int, int, int]:

@@ -14,10 +14,7 @@ PyTorch, eager and compiled, is left out where it is not installed, and that is 
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -31,7 +28,7 @@ from dst import models
 from dst.config import default
 from dst.training.steps import optimizer
 from experiments.benchmarks import measure
-from experiments.benchmarks.step import plain_step
+from experiments.benchmarks.convnet_steps import plain
 
 MODULE = "experiments.benchmarks.gpu"
 ALONE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # else one process takes most of the card
@@ -93,11 +90,8 @@ def dst_run(case: Case) -> tuple[Callable[[], Any], Callable[[], int | None]]:
     )
     peak = lambda: (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")  # noqa: E731
     if case.variant == "plain":
-        whole = plain_step(net.model, tx, lambda call, args, kwargs, _: call(*args, **kwargs))
-        step = jax.jit(lambda state, x, y: (whole(*state, x, y), ()), donate_argnums=0)
-        variables = jax.jit(lambda key: net.model.init(key, images, train=False))(jax.random.key(0))
-        state: Any = variables, tx.init(variables["params"])
-        return measure.Run(step, state, *map(jnp.array, (images, labels))), peak
+        step, begin = plain(net.model, tx)
+        return measure.Run(step, *begin(images, labels)), peak
     method = dst.method("gse", 0.98)
     state = dst.init_state(net, tx, method, jax.random.key(0))
     batch = jax.tree.map(lambda a: jnp.array(a[None]), (images, labels))
@@ -168,14 +162,7 @@ def measured(case: Case, seconds: float) -> dict[str, Any]:
 def at_once(case: Case, seconds: float, processes: int) -> list[dict[str, Any]]:
     """What several processes tell that take the same steps at the same time."""
     asked = json.dumps([case, seconds])
-    command = [sys.executable, "-m", MODULE, "--alone", asked]
-    environment = {**os.environ, **ALONE}
-    running = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(processes)
-    ]
-    told = [process.communicate()[0] for process in running]
-    return [json.loads(text.splitlines()[-1]) for text in told]
+    return measure.side_by_side(processes, MODULE, "--alone", asked, environment=ALONE)
 
 
 def lines(options: Any) -> Iterator[dict[str, Any]]:

@@ -153,12 +153,23 @@ def alone(module: str, *arguments: Any, environment: Mapping[str, str] = AT_ONCE
 
     Its malloc gives buffers back `AT_ONCE`; how long glibc keeps one otherwise depends on history.
     """
+    return side_by_side(1, module, *arguments, environment=environment)[0]
+
+
+def side_by_side(
+    processes: int, module: str, *arguments: Any, environment: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """The same of several fresh processes at the same time."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = {**os.environ, **environment}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
+    told = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
         raise SystemExit(f"{' '.join(command)} failed")
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(text.splitlines()[-1]) for text in told]
 
 
 # ------------------------------------------------------------------------------------------ output

@@ -47,7 +47,6 @@ HANDLERS = {
     "dst_after": "DstAfter",
     "dst_best": "DstBest",
     "dst_lowest": "DstLowest",
-    "dst_hashes": "DstHashes",
     "dst_exchange": "DstExchange",
     "dst_move": "DstMove",
     "dst_arrivals": "DstArrivals",
@@ -262,12 +261,6 @@ def lowest(
     call = kernel("dst_lowest", (flags, equal, jax.ShapeDtypeStruct((), jnp.int32)))
     chosen, equal, left = call(order, eligible, k, *(ties or none), highest=highest)
     return chosen, equal, left
-
-
-def hashes(column: Array, pointer: Array, salt: Array) -> Array:
-    """`hashing.hashed` of every connection, by its row's salt: uint32 (K,)."""
-    call = kernel("dst_hashes", jax.ShapeDtypeStruct(column.shape, jnp.uint32))
-    return call(column, pointer, salt)
 
 
 def exchange(

@@ -1,5 +1,4 @@
-// The lowest of many numbers as an XLA custom call, found by counting: no sort, no copy. And what ties
-// between an arena's connections are broken by.
+// The lowest of many numbers as an XLA custom call, found by counting: no sort, no copy.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -13,7 +12,6 @@ using Ints = ffi::Buffer<ffi::S32>;
 using Unsigned = ffi::Buffer<ffi::U32>;
 using Flags = ffi::Buffer<ffi::PRED>;
 using IntResult = ffi::ResultBuffer<ffi::S32>;
-using UnsignedResult = ffi::ResultBuffer<ffi::U32>;
 using FlagResult = ffi::ResultBuffer<ffi::PRED>;
 
 namespace dst {
@@ -127,24 +125,6 @@ ffi::Error lowest(ffi::ThreadPool pool, Unsigned order, Flags eligible, Ints k, 
   return ffi::Error::Success();
 }
 
-ffi::Error hashes(ffi::ThreadPool pool, Ints column, Ints pointer, Unsigned salt, UnsignedResult out) {
-  const int64_t K = out->element_count(), rows = salt.element_count();
-  const int32_t *c = column.typed_data(), *start = pointer.typed_data();
-  if (int64_t(column.element_count()) != K || int64_t(pointer.element_count()) != rows + 1 ||
-      start[0] != 0 || start[rows] != K) {
-    return ffi::Error::InvalidArgument("dst_hashes: pointer must cover the whole arena.");
-  }
-  const uint32_t* salts = salt.typed_data();
-  uint32_t* to = out->typed_data();
-  const int64_t parts = std::min(std::max<int64_t>(rows, 1), parts_of(pool, K, kPiece));
-  in_parts(pool, rows, parts, [&](int64_t begin, int64_t end, int64_t) {
-    for (int64_t r = begin; r < end; r++) {
-      for (int64_t p = start[r]; p < start[r + 1]; p++) to[p] = hashed(salts[r], c[p]);
-    }
-  });
-  return ffi::Error::Success();
-}
-
 }  // namespace
 }  // namespace dst
 
@@ -161,10 +141,3 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DstLowest, dst::lowest,
                                   .Ret<Flags>()
                                   .Ret<Ints>()
                                   .Attr<bool>("highest"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DstHashes, dst::hashes,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
-                                  .Arg<Unsigned>()
-                                  .Ret<Unsigned>());
