@@ -6,9 +6,10 @@
 Expected, the paper's Table 1 (top-1 test accuracy in %, mean of 3 seeds):
     37.17 at 98 % sparsity; 48.68 at 95 % (--config.sparsity=0.95); 54.76 at 90 %;
     62.50 dense (--config.method=dense).
-Those are most likely of a head with dropout, --config.model=vgg_dropout: 36.08 at 98 %, seed 0.
-Without it, as in this file: 45.62. Expected time: 200 epochs of 390 steps; on 2 CPU cores about
-0.2 s a step, and 0.02 s truly sparse (--config.execution=sparse).
+The sparse ones are most likely of a head with dropout, --config.model=vgg_dropout, with which we
+have 36.82 at 98 % (2 seeds). Without it, as in this file: 45.62, and 62.10 dense (a seed each).
+Expected time: 200 epochs of 390 steps; on 2 CPU cores about 0.2 s a step, 0.02 s truly sparse
+(--config.execution=sparse), on an H200 2 ms.
 """
 
 from ml_collections import ConfigDict

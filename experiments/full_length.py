@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from dst.training import figures, log
 from experiments import paper
 from experiments.summary import RESULTS
-from experiments.tables import COLORS, LABELS, WORDS, markdown, named, theirs
+from experiments.tables import LABELS, WORDS, markdown, named, theirs
 
 EPOCHS = 200
 HEADER = ["network", "method", "sparsity", "ours", "seeds", "paper", "difference", "hours a run"]
@@ -47,6 +47,7 @@ class Log(NamedTuple):
 
     cell: Cell
     config: dict[str, Any]
+    platform: str
     events: list[dict[str, Any]]
 
 
@@ -58,8 +59,10 @@ def logs() -> Iterator[Log]:
         if config["epochs"] == EPOCHS and events[-1]["event"] == "end":
             heuristic = config["heuristic"] if config["method"] == "gse" else ""
             setting = config["dataset"], config["model"]
+            platform = header["devices"]["platform"]
             ratio, sparsity = config["subset_ratio"], config["sparsity"]
-            yield Log(Cell(setting, config["method"], heuristic, ratio, sparsity), config, events)
+            cell = Cell(setting, config["method"], heuristic, ratio, sparsity)
+            yield Log(cell, config, platform, events)
 
 
 def cells() -> dict[Cell, list[Log]]:
@@ -78,7 +81,7 @@ def table() -> str:
 
 def row(cell: Cell, runs: list[Log]) -> list[str]:
     """One line of the table."""
-    ours, hours = (sum(values) / len(runs) for values in zip(*map(measured, runs), strict=True))
+    ours = 100 * sum(run.events[-1]["test_accuracy"] for run in runs) / len(runs)
     return [
         named(cell.setting),
         cell.name,
@@ -87,25 +90,28 @@ def row(cell: Cell, runs: list[Log]) -> list[str]:
         ", ".join(sorted(str(run.config["seed"]) for run in runs)),
         theirs(cell.paper),
         "–" if cell.paper is None else f"{ours - cell.paper:+.2f}",
-        f"{hours:.1f}",
+        hours(runs),
     ]
 
 
-def measured(run: Log) -> tuple[float, float]:
-    """Top-1 test accuracy after the last step, in %; hours of training on a shared machine."""
-    seconds = sum(event["seconds"] for event in run.events if event["event"] == "train")
-    return 100 * run.events[-1]["test_accuracy"], seconds / 3600
+def hours(runs: list[Log]) -> str:
+    """Of training on a shared machine, the mean of each kind."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        seconds = sum(event["seconds"] for event in run.events if event["event"] == "train")
+        found.setdefault(run.platform.upper(), []).append(seconds / 3600)
+    return ", ".join(f"{sum(h) / len(h):.1f} ({p})" for p, h in sorted(found.items()))
 
 
 def figure() -> Any:
     """Test accuracy over the epochs, a line a run, and the paper's numbers as dotted lines."""
-    drawn = figures.figure(7.2, 3.8)
+    drawn = figures.figure(9.6, 4.2)
     axes = drawn.add_subplot()
     found = cells()
-    names = [*dict.fromkeys(cell.name for cell in found)]
+    names = [*dict.fromkeys(cell.name for cell in found)]  # matplotlib has ten colors
     networks = [*dict.fromkeys(cell.setting for cell in found)]
     for cell, runs in found.items():
-        color = [*COLORS.values(), "#ccbb44", "#66ccee"][names.index(cell.name) % 6]
+        color = f"C{names.index(cell.name)}"
         style = ["--", "-", "-."][networks.index(cell.setting) % 3]
         label = f"{cell.name}, {WORDS.get(cell.setting[1], cell.setting[1])}"
         for run in runs:
@@ -117,9 +123,10 @@ def figure() -> Any:
             axes.axhline(cell.paper, color=color, ls=":", lw=1)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), frameon=False, fontsize=8, loc="lower right")
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes.legend(unique.values(), unique.keys(), frameon=False, fontsize=8, **beside)
     axes.set(xlabel="epoch", ylabel="test accuracy, %")
-    data = dict.fromkeys(f"{WORDS[c.setting[0]]}, {c.sparsity:.0%}" for c in found)
+    data = dict.fromkeys(f"{WORDS[c.setting[0]]}, {c.sparsity:.0%}" for c in found if c.sparsity)
     axes.set_title("; ".join([*data, "dotted: the paper's, at the end"]), fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

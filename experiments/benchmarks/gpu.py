@@ -194,6 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--small", action="store_true", help="tiny networks")
     options = parser.parse_args(argv)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, not {options.rounds}.")
     if options.alone:
         case, seconds = json.loads(options.alone)
         print(json.dumps(measured(Case(*case), seconds)))

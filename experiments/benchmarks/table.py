@@ -128,5 +128,29 @@ def kinds() -> str:
     return measure.table(HEAD, [*convolutional("kinds.jsonl")])
 
 
+GPU_HEAD = ("VGG-16 on", "steps a second: float32", "bfloat16", "peak: float32", "bfloat16")
+GPU_NAMES = {
+    "masked": "`dst`, masked",
+    "sparse": "`dst`, truly sparse (pure JAX)",
+    "plain": "dense Flax",
+    "torch": "dense PyTorch",
+    "torch, compiled": "dense PyTorch, compiled",
+}
+
+
+def gpu() -> str:
+    """Ways to take a step of VGG-16 on a GPU; more than one round is shown as from - to."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines("gpu.jsonl"):
+        found.setdefault((line["variant"], line["precision"]), []).append(line)
+    rows = []
+    for variant, name in GPU_NAMES.items():
+        cells = [found.get((variant, p), []) for p in ("float32", "bfloat16")]
+        speeds = [sorted({round(c["steps_a_second"]) for c in cell}) for cell in cells]
+        texts = [" to ".join(map(str, (s[0], s[-1])[: len(s)])) if s else "–" for s in speeds]
+        rows.append([name, *texts, *(size(c[0]["peak_bytes"]) if c else "–" for c in cells)])
+    return measure.table(GPU_HEAD, rows)
+
+
 if __name__ == "__main__":
     print(table())
