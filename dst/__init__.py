@@ -1,4 +1,27 @@
-"""Dynamic sparse training with guided stochastic exploration, in JAX and Flax."""
+"""Dynamic sparse training with guided stochastic exploration, in JAX and Flax.
+
+    net = dst.network(model, x)
+    method = dst.method("gse", sparsity=0.95, every=50, end=200)
+    state = dst.init_state(net, tx, method, jax.random.key(0))
+    update, rewire = dst.make_update(net, tx, loss), dst.make_rewire(net, tx, method, loss)
+    if dst.due(method, step):
+        state, report = rewire(state, batch)
+    state, metrics = update(state, batch)
+
+- Which layers, how sparse: `dst.network(model, x, dense="head")`, `dst.method(...,
+  sparsity_of={"*/attention/*": 0.9, "head": None}, keep_counts=True)`.
+- Start from weights: `dst.init_state(..., params=variables)` keeps the largest, of a file of
+  `dst.export` its connections; `init="model"` uses the model's own initialisers.
+- `apply` runs the model in train mode, with random streams of any name; `loss(apply, batch, key)`
+  gets a key a step. On several devices means are averaged: a weighted one is
+  `dst.weighted_mean(values, weights)`, and `BatchNorm(axis_name=...)` sees the whole batch.
+- An average beside the state follows a rewire by `dst.carry(average, before, state)` and predicts
+  by `dst.predictor(net, state, params=average)`.
+- Methods that prune before training take `dst.prune_at_init(net, tx, method, loss, state,
+  batches)`; for Lottery's loop see `dst.lottery`.
+- Truly sparse: `dst.network(..., execution="sparse")`; `dst.export`, `dst.load` and
+  `dst.predictor` for what was trained.
+"""
 
 from dst.connections.carry import carry
 from dst.discovery import network

@@ -29,6 +29,7 @@ from dst.errors import (
     one_of,
     tuple_of,
 )
+from dst.methods.fields import CALLED
 from dst.methods.heuristics import HEURISTICS
 from dst.methods.rules import RULES as OF_METHOD
 from dst.methods.table import METHODS
@@ -198,7 +199,8 @@ def load(path: str | None) -> ConfigDict:
 def check_name(field: str) -> None:
     """`ConfigError` if there is no such field."""
     if field not in _RULES:
-        hint = near(field, _RULES) or "; dst/config.py lists them all."
+        of_method = {name: ours for ours, name in CALLED.items()}
+        hint = near(field, _RULES, of_method) or "; dst/config.py lists them all."
         raise ConfigError(f'The config has no field "{field}"{hint}')
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import textwrap
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 # Whether a value is allowed; what is, in words, asked for only when one is not.
@@ -29,9 +29,9 @@ def check_value(name: str, value: Any, rule: Rule) -> None:
         raise ConfigError(f"{name} must be {words}, not {value!r}.")
 
 
-def near(name: str, names: Collection[str]) -> str:
-    """A hint at the name that was meant, if one of them is much like it."""
-    found = difflib.get_close_matches(name, names, n=1)
+def near(name: str, names: Collection[str], elsewhere: Mapping[str, str]) -> str:
+    """A hint at the name that was meant: what it is called `elsewhere`, or one much like it."""
+    found = [elsewhere[name]] if name in elsewhere else difflib.get_close_matches(name, names, n=1)
     return f'; did you mean "{found[0]}"?' if found else ""
 
 

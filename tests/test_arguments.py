@@ -143,6 +143,7 @@ MISTAKES = {
         lambda: dst.prune_at_init(NET, TX, dst.method("snip", 0.5), loss, STATE, {"x": X}),
         r"^batches must be .*, not a dict of arrays\.$",
     ),
+    "config's": (lambda: dst.method("set", rewire_every=9), r"did you mean \"every\"\?; it has"),
     "field": (lambda: dst.method("set", evry=9), r"no field 'evry'; did you mean \"every\"\?; it"),
     "value_fn, sparse": (begin(SPARSE, optax.lbfgs()), r"^the optimizer fails with .*'value_fn'"),
     "value_fn": (begin(tx=optax.lbfgs()), r"^the optimizer fails with .*'value_fn'.* no func"),

@@ -14,30 +14,10 @@ from dst.errors import ConfigError
 from dst.methods.base import Method
 from dst.methods.before import BEFORE
 from dst.methods.combinations import check, check_execution, memories, unread
+from dst.methods.fields import FIELDS, OWN
 from dst.methods.table import METHODS, method, row_of
 from dst.models.table import never_reads
 
-# Config fields that a method may have its own value of: the field of `Method`.
-OWN = {
-    "initial_sparsity": "initial",
-    "distribution": "distribution",
-    "grasp_temperature": "temperature",
-    "heuristic": "heuristic",
-    "drop_fraction": "drop_fraction",
-    "rewire_every": "every",
-    "subset_ratio": "subset_ratio",
-    "sampling_rounds": "rounds",
-}
-# All config fields that a method reads, beside the schedule, which is the run's.
-FIELDS = {
-    **{field: name for field, name in OWN.items() if name != "every"},
-    "init_gain": "gain",
-    "sparsity_of": "sparsity_of",
-    "keep_counts": "keep_counts",
-    "growth_memory": "growth_memory",
-    "layer_floor": "floor",
-    "track_explored": "explored",
-}
 END_EPOCH = 120.0  # the paper's second learning rate drop; ITOP explores to the last epoch
 
 

@@ -40,6 +40,7 @@ from dst.errors import ConfigError, check_value, near, one_of
 from dst.methods.base import Method
 from dst.methods.combinations import check, unread
 from dst.methods.drop import DROPS
+from dst.methods.fields import CALLED
 from dst.methods.rules import RULES, check_values
 from dst.vocabulary import Names
 
@@ -216,9 +217,9 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
     check_value("method", name, one_of(METHODS))
     unknown = options.keys() - Method._fields
     if unknown:
+        hint = near(min(unknown), Method._fields, CALLED)
         raise ConfigError(
-            f"a method has no field {min(unknown)!r}{near(min(unknown), Method._fields)}; it has "
-            f"{', '.join(Method._fields)}."
+            f"a method has no field {min(unknown)!r}{hint}; it has {', '.join(Method._fields)}."
         )
     # A step count is often NumPy's; a method holds plain numbers.
     options = {f: v.item() if isinstance(v, np.generic) else v for f, v in options.items()}
