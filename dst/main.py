@@ -18,10 +18,11 @@ One run on several hosts, started in each of them, with a --workdir that all of 
 Exit code: 0 finished, or saved and stopped by SIGTERM or Ctrl-C; 1 had to stop; 2 bad input.
 """
 
+import contextlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import flags
@@ -34,7 +35,7 @@ from dst.training import launch, runtime
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, Path, launch.Place | None]:
-    """Command line (program name first) to (valid config, writable folder, place of this process
+    """Command line (program name first) to (valid config, folder of the run, place of this process
     among several), or `ConfigError`."""
     values = flags.FlagValues()  # not absl's global ones, which hold twenty flags of its own
     flags.DEFINE_string("config", None, "", flag_values=values)
@@ -58,13 +59,28 @@ def parse(argv: list[str]) -> tuple[ConfigDict, Path, launch.Place | None]:
         raise ConfigError(f"There must be nothing but flags (--name=value), not {stray[0]!r}.")
     validate(config)
     place = launch.place(values)
-    workdir = Path(values.workdir or f"runs/{Path(path).stem}")
+    return resolve(config), Path(values.workdir or f"runs/{Path(path).stem}"), place
+
+
+@contextlib.contextmanager
+def writable(workdir: Path) -> Iterator[None]:
+    """A block in which the folder exists; what it made goes, if empty, where the input is refused.
+
+    Raises: ConfigError if nothing can be written there.
+    """
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
         raise ConfigError(f"Cannot write into --workdir={workdir}: {error.strerror}.") from error
-    return resolve(config), workdir, place
+    try:
+        yield
+    except ConfigError:
+        with contextlib.suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def main(argv: list[str], prepare: Callable[[Path], None] = lambda workdir: None) -> int:
@@ -77,15 +93,16 @@ def main(argv: list[str], prepare: Callable[[Path], None] = lambda workdir: None
         return 0
     try:
         config, workdir, place = parse(argv)
-        prepare(workdir)
-        from dst.training.loop import Stopped  # takes seconds: not before the flags are right
-        from dst.training.train import train  # takes seconds: not before the flags are right
+        with writable(workdir):
+            prepare(workdir)
+            from dst.training.loop import Stopped  # takes seconds: not before the flags are right
+            from dst.training.train import train  # takes seconds: not before the flags are right
 
-        with launch.joined(place):
-            try:
-                train(config, workdir)
-            except Stopped as error:
-                return complain(error, 1)
+            with launch.joined(place):
+                try:
+                    train(config, workdir)
+                except Stopped as error:
+                    return complain(error, 1)
     except ConfigError as error:
         return complain(error, 2)
     return 0

@@ -149,6 +149,17 @@ def test_what_the_training_raises_is_a_sentence(error, expected, runs, capsys, m
     monkeypatch.setattr(sys.modules["dst.training.train"], "train", fail)
     assert main_lib.main(["dst", DIGITS]) == expected
     assert capsys.readouterr() == ("", "dst: A sentence.\n")
+    assert Path("runs").exists() == (error is StoppedForTest)
+
+
+def test_a_refused_run_leaves_what_was_there(runs, capsys, monkeypatch):
+    def fail(*_):
+        raise ConfigError("A sentence.")
+
+    monkeypatch.setattr(sys.modules["dst.training.train"], "train", fail)
+    Path("mine").mkdir()
+    assert main_lib.main(["dst", DIGITS, "--workdir=mine"]) == 2 and Path("mine").is_dir()
+    assert main_lib.main(["dst", DIGITS, "--workdir=mine/a/b"]) == 2 and not Path("mine/a").exists()
 
 
 def test_help_is_short(runs, capsys):
