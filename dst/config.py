@@ -29,7 +29,7 @@ from dst.errors import (
     one_of,
     tuple_of,
 )
-from dst.methods.fields import CALLED
+from dst.methods.fields import IN_CONFIG
 from dst.methods.heuristics import HEURISTICS
 from dst.methods.rules import RULES as OF_METHOD
 from dst.methods.table import METHODS
@@ -199,8 +199,7 @@ def load(path: str | None) -> ConfigDict:
 def check_name(field: str) -> None:
     """`ConfigError` if there is no such field."""
     if field not in _RULES:
-        of_method = {name: ours for ours, name in CALLED.items()}
-        hint = near(field, _RULES, of_method) or "; dst/config.py lists them all."
+        hint = near(field, _RULES, IN_CONFIG) or "; dst/config.py lists them all."
         raise ConfigError(f'The config has no field "{field}"{hint}')
 
 

@@ -60,9 +60,8 @@ def test_every_option_has_a_rule_and_bad_values():
 
 
 def test_unknown_fields_and_methods():
-    with pytest.raises(
-        ConfigError, match=r"no field 'rewire_every'; did you mean \"every\"\?; it has"
-    ):
+    hint = r"no field 'rewire_every'; did you mean \"every\"\?; it has .*every"
+    with pytest.raises(ConfigError, match=hint):
         dst.method("gse", rewire_every=10)
     with pytest.raises(ConfigError, match="method must be 'dense', "):
         dst.method("SNIP")

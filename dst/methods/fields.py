@@ -23,3 +23,4 @@ FIELDS = {
 }
 # For whoever takes one name for the other; the end is an epoch in a config, a step in a method.
 CALLED = {**OWN, **FIELDS, "rewire_end_epoch": "end"}
+IN_CONFIG = {name: field for field, name in CALLED.items()}

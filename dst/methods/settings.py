@@ -14,7 +14,7 @@ from dst.errors import ConfigError
 from dst.methods.base import Method
 from dst.methods.before import BEFORE
 from dst.methods.combinations import check, check_execution, memories, unread
-from dst.methods.fields import FIELDS, OWN
+from dst.methods.fields import FIELDS, IN_CONFIG, OWN
 from dst.methods.table import METHODS, method, row_of
 from dst.models.table import never_reads
 
@@ -56,8 +56,7 @@ def method_of(config: ConfigDict, steps_per_epoch: int) -> Method:
         return method(config.method, config.sparsity, **options)
     except ConfigError as error:  # which names a field of the method
         name, _, rest = str(error).partition(" ")
-        fields = {name: field for field, name in (OWN | FIELDS).items()}
-        raise ConfigError(f"{fields.get(name, name)} {rest}") from None
+        raise ConfigError(f"{IN_CONFIG.get(name, name)} {rest}") from None
 
 
 def end_of(config: ConfigDict, steps_per_epoch: int) -> int:
