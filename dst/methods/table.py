@@ -128,7 +128,7 @@ METHODS = Names(
             choice="just-dropped connections do not return; the SGD step follows",
         ),
         gse=Row(
-            "Ours (GSE)",
+            "GSE (the paper's)",
             "the paper",
             _GSE,
             passes="two a rewire",

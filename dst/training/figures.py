@@ -79,8 +79,9 @@ def _curves(axes: Any, events: list[dict], names: tuple[str, str], title: str) -
 
 
 def _layers(axes: Any, events: list[dict]) -> None:
-    # The share of active connections is drawn, for at 98 % bars of the sparsity all look alike.
-    axes.set_title("sparsity of each layer at the end (numbers)", loc="left", weight="bold")
+    # At 98 % bars of the sparsity would all look alike.
+    title = "each layer at the end: active connections (bars), sparsity (numbers)"
+    axes.set_title(title, loc="left", weight="bold")
     axes.set(ylabel="active connections, %")
     axes.spines[["top", "right"]].set_visible(False)
     end = next((e for e in reversed(events) if "active" in e and "possible" in e), None)
