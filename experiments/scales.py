@@ -55,8 +55,8 @@ def run_of(
     """The run of a cell; `fields` win over the schedule, `width` is that of every layer."""
     base = BASES[setting]
     overrides = shortened(base, SCALES[scale].divisor)
-    if scale == "short":
-        overrides["init_gain"] = 2.0  # the default when the committed runs were made
+    if scale == "short":  # as the committed runs were made
+        overrides |= {"model": setting[1], "init_gain": 2.0}
     if scale == "smoke":
         overrides["hidden"] = (round(SMALL * width),) * 2
     elif width != 1:

@@ -173,7 +173,7 @@ def test_a_log_in_another_runs_folder_is_refused(tmp_path):
     run = Run("configs/cifar100_vgg16.py", (("method", "set"),), 0)
     (tmp_path / run.folder).mkdir()
     (tmp_path / run.folder / "metrics.jsonl").write_bytes(log.read_bytes())
-    with pytest.raises(ConfigError, match="must be the log of cifar100-vgg-set"):
+    with pytest.raises(ConfigError, match="must be the log of cifar100-vgg_dropout-set"):
         finished(run, tmp_path)
 
 
