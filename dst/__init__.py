@@ -18,7 +18,9 @@
 - An average beside the state follows a rewire by `dst.carry(average, before, state)` and predicts
   by `dst.predictor(net, state, params=average)`.
 - Methods that prune before training take `dst.prune_at_init(net, tx, method, loss, state,
-  batches)`; for Lottery's loop see `dst.lottery`.
+  batches)`, masked; truly sparse, what they leave trains from its file, `dst.export(net, state,
+  file)`, by `dst.init_state(sparse_net, tx, dst.method("random", sparsity), key, params=file)`. For
+  Lottery's loop see `dst.lottery`.
 - Truly sparse: `dst.network(..., execution="sparse")`; `dst.export`, `dst.load` and
   `dst.predictor` for what was trained.
 """

@@ -99,6 +99,24 @@ def test_exactly_k_stay_and_nothing_else_changes(name):
             assert (kernel[~after.masks[path]] == 0).all()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_left_trains_truly_sparse_from_its_file(name, tmp_path):
+    """As `dst` says: the same connections and weights, and after three steps the same network."""
+    parts = setup(name, 0.8)
+    masked, file = prune(parts), tmp_path / "left.npz"
+    dst.export(parts.net, masked, file)
+    sparse = setup("random", 0.8, execution="sparse").net
+    random = dst.method("random", 0.8)
+    left = dst.init_state(sparse, parts.tx, random, jax.random.key(1), params=file)
+    ends = []
+    for net, state in ((parts.net, masked), (sparse, left)):
+        update = dst.make_update(net, parts.tx, loss, devices=one())
+        for n in range(3):
+            state, _ = update(state, batch(n))
+        ends.append(dst.predictor(net, state)(parts.batch[0]))
+    np.testing.assert_allclose(*ends, rtol=1e-4, atol=1e-5)
+
+
 def test_the_optimizer_starts_anew():
     """Moments of all connections, even after steps, are those of `tx.init`: here 0.1."""
     tx = optax.chain(optax.scale_by_rss(initial_accumulator_value=0.1), optax.scale(-0.1))
@@ -151,7 +169,7 @@ def test_what_cannot_be_pruned_is_told_in_a_sentence():
     truly = setup("random", 0.5, execution="sparse")
     refused(
         truly._replace(method=dst.method("snip")),
-        r"^method 'snip' cannot run in execution 'sparse', because .*'masked'\.$",
+        r"^method 'snip' cannot run in execution 'sparse', because .* use a file of .*'masked'\.$",
     )
     refused(setup("snip"), r"^batches gives no examples", [])
     refused(setup("grasp"), r"16 examples at first and 0 when", iter([batch(0)]))

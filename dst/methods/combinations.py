@@ -151,7 +151,10 @@ def _obstacle(method: Method) -> tuple[str, str] | None:
     """
     first, last = method.first_sparsity, method.sparsity
     if method.before:
-        return "it scores every possible connection before training", ""
+        instead = (
+            "a file of what it leaves (dst.export) as params of dst.init_state with 'random', or "
+        )
+        return "it scores every possible connection before training", instead
     if method.name == "lottery":
         return "it begins with every possible connection", ""
     if first != last:
