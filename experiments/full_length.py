@@ -17,8 +17,9 @@ from experiments.summary import RESULTS
 from experiments.tables import LABELS, WORDS, markdown, named, theirs
 
 EPOCHS = 200
-# Variances of first weights, times their unit's connections; PyTorch's default is 1/3.
-LIKELY = ("2", "of the model's own", "1", "1/3")
+# Variances of first weights, times their unit's connections, that the paper may have had: that of
+# the authors' later code, and PyTorch's default.
+LIKELY = ("1", "1/3")
 HEADER = ["network", "method", "sparsity", "ours", "seeds", "paper", "difference", "hours a run"]
 
 
@@ -46,8 +47,9 @@ class Cell(NamedTuple):
 
     @property
     def likely(self) -> tuple[bool, int]:
-        """Rises with what speaks for a set-up: the authors' later code, PyTorch's defaults."""
-        return self.setting[1] in paper.VARIANTS, LIKELY.index(self.variance)
+        """Rises with what speaks for a set-up: their later network, then the variance."""
+        variance = LIKELY.index(self.variance) if self.variance in LIKELY else -1
+        return self.setting[1] in paper.VARIANTS, variance
 
     @property
     def name(self) -> str:
@@ -102,9 +104,7 @@ def closest() -> dict[Cell, list[Log]]:
     """Of each of the paper's numbers, the runs of the set-up that is most likely the paper's."""
     found = cells()
     best: dict[tuple[Any, ...], Cell] = {}
-    for cell in sorted(
-        found, key=lambda c: (c.setting[1] in paper.VARIANTS, LIKELY.index(c.variance))
-    ):
+    for cell in sorted(found, key=lambda cell: cell.likely):
         best[cell.theirs] = cell
     return {cell: runs for cell, runs in found.items() if cell in best.values()}
 

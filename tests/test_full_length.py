@@ -58,18 +58,28 @@ def test_what_was_not_set_up_alike_is_not_averaged(write):
     write(0.1)
     write(0.2, init_gain=THIRD)
     write(0.3, init="model")
+    write(0.7, init_gain=0.25)
     write(0.4, model="vgg_dropout")
     write(0.5, heuristic="uniform")
     write(0.6, subset_ratio=2.0)
     found = rows(full_length.every())
-    assert sorted(row[3] for row in found) == ["10.00", "20.00", "30.00", "40.00", "50.00", "60.00"]
-    assert len({tuple(row[:2]) for row in found}) == 6
+    assert sorted(row[3] for row in found) == [
+        "10.00",
+        "20.00",
+        "30.00",
+        "40.00",
+        "50.00",
+        "60.00",
+        "70.00",
+    ]
+    assert len({tuple(row[:2]) for row in found}) == 7
     assert ["CIFAR-100, VGG-16, variance 1/3", "20.00"] in [[row[0], row[3]] for row in found]
 
 
 def test_the_likeliest_set_up_stands_for_the_paper(write):
     """With dropout before without, variance 1/3 before 1; a method with one set-up keeps it."""
     write(0.1)
+    write(0.9, model="vgg_dropout", init_gain=0.25)
     write(0.2, model="vgg_dropout")
     write(0.3, init_gain=THIRD)
     write(0.4, model="vgg_dropout", init_gain=THIRD)
