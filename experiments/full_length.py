@@ -42,8 +42,7 @@ class Cell(NamedTuple):
     @property
     def theirs(self) -> tuple[Any, ...]:
         """What the paper has one number for, however we set up its network."""
-        dataset, model = self.setting
-        return dataset, paper.VARIANTS.get(model, model), *self[2:]
+        return paper.setting_of(*self.setting), *self[2:]
 
     @property
     def likely(self) -> tuple[bool, int]:

@@ -31,9 +31,14 @@ _TABLE2 = {
 }
 
 
+def setting_of(dataset: str, model: str) -> tuple[str, str]:
+    """(data set, model) under the paper's name, also of a network that stands beside its own."""
+    return dataset, VARIANTS.get(model, model)
+
+
 def table1(setting: tuple[str, str], method: str, sparsity: float) -> float | None:
     """A cell of Table 1, (data set, model); None if the paper has none."""
-    setting = setting[0], VARIANTS.get(setting[1], setting[1])
+    setting = setting_of(*setting)
     if setting not in SETTINGS:
         return None
     column = SETTINGS.index(setting)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dst.config import load
 from dst.training.log import headers, read
-from experiments.paper import VARIANTS
+from experiments.paper import setting_of
 from experiments.runs import ROOT, differing, flag, logged
 from experiments.scales import BASES
 from experiments.summary import RESULTS
@@ -26,7 +26,7 @@ MLP = "configs/cifar100_mlp.py"
 
 def command(config: ConfigDict) -> str:
     """`python -m dst.main` with what the config has beyond its file, seed and folders left out."""
-    base = BASES.get((config.dataset, VARIANTS.get(config.model, config.model)), MLP)
+    base = BASES.get(setting_of(config.dataset, config.model), MLP)
     fields = {"method": config.method, **differing(config, load(str(ROOT / base)))}
     return shlex.join([f"--config={base}", *(flag(f, config[f]) for f in fields)])
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from dst.methods.table import METHODS
 from dst.training import figures
+from experiments import paper
 from experiments.benchmarks import measure
 from experiments.runs import Finished
 from experiments.scales import SCALES
@@ -77,8 +78,8 @@ def named(setting: tuple[str, str]) -> str:
 
 
 def of(result: Finished) -> tuple[str, str]:
-    """The run's (data set, model)."""
-    return result.config["dataset"], result.config["model"]
+    """The run's (data set, model), as the paper calls it."""
+    return paper.setting_of(result.config["dataset"], result.config["model"])
 
 
 def curve(axes: Any, x: Iterable[float], cells: Iterable[list[Finished]], **style: Any) -> None:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dst import config as config_lib
 from dst.errors import ConfigError
 from dst.methods.settings import OWN, resolve
-from experiments.paper import VARIANTS
+from experiments.paper import setting_of
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.py"))
 
@@ -210,7 +210,7 @@ def test_files_are_valid_and_say_their_command(path):
     assert f"python -m dst.main --config=configs/{path.name}" in text
     assert text.count("Expected") >= 1 and "ime: " in text
     if config.model != "mlp":  # of which the paper has none
-        model = VARIANTS.get(config.model, config.model)
+        _, model = setting_of(config.dataset, config.model)
         assert path.stem.startswith(f"{config.dataset}_{model}")
         left_open = {"init_gain": 1 / 3} if model == "vgg" else {}
         own = {"dataset": config.dataset, "model": config.model, **left_open}

@@ -77,6 +77,14 @@ def test_table_1_stands_beside_the_papers():
     assert gse.endswith("| 37.17 |")
 
 
+def test_the_papers_scale_has_its_numbers_by_any_network():
+    """The config file of its VGG-16 names a network of ours, vgg_dropout."""
+    arguments = ["--scale=paper", "--settings", "cifar100/vgg", "--sparsities", "0.98"]
+    options, results = made_up(table1.EXPERIMENT, *arguments, "--methods", "gse", "--seeds", "0")
+    assert [result.config["model"] for result in results] == ["vgg_dropout"]
+    assert "| GSE (the paper's) | 0.00 (1 seed) | 37.17 |" in table1.table(options, results)
+
+
 def test_figure_2_has_a_line_a_heuristic_and_two_more():
     """Means over seeds at |S| / |W| of the first rewire."""
     arguments = ["--scale=short", "--settings", "cifar100/vgg", "--ratios", "1", "10"]
