@@ -32,6 +32,7 @@ class Cell(NamedTuple):
     heuristic: str
     ratio: float  # |S| / |P|
     sparsity: float
+    width: float = 1.0  # factor on every layer's channels
 
     @property
     def network(self) -> str:
@@ -55,11 +56,14 @@ class Cell(NamedTuple):
         """The method; what is not the paper's choice is said."""
         words = [self.heuristic] if self.heuristic not in ("", "grabo") else []
         words += [f"S = {self.ratio:g} P"] if self.method == "gse" and self.ratio != 10 else []
+        words += [f"width {self.width:g}"] if self.width != 1 else []
         return ", ".join([LABELS[self.method], *words])
 
     @property
     def paper(self) -> float | None:
-        """Theirs, of Table 1."""
+        """Theirs, of Table 1; of a wider network, which has the connections of width 1, Table 2."""
+        if self.width != 1:
+            return paper.table2(self.setting, self.width)
         as_theirs = self.name == LABELS[self.method]
         return paper.table1(self.setting, self.method, self.sparsity) if as_theirs else None
 
@@ -82,11 +86,11 @@ def logs() -> Iterator[Log]:
             heuristic = config["heuristic"] if config["method"] == "gse" else ""
             setting = config["dataset"], config["model"]
             platform = header["devices"]["platform"]
-            ratio, sparsity = config["subset_ratio"], config["sparsity"]
+            numbers = config["subset_ratio"], config["sparsity"], config["width"]
             by_model = config.get("init") == "model"
             gain = Fraction(config["init_gain"]).limit_denominator(100)
             variance = "of the model's own" if by_model else str(gain)
-            cell = Cell(setting, variance, config["method"], heuristic, ratio, sparsity)
+            cell = Cell(setting, variance, config["method"], heuristic, *numbers)
             yield Log(cell, config, platform, events)
 
 

@@ -51,7 +51,7 @@ def table1(setting: tuple[str, str], method: str, sparsity: float) -> float | No
 
 def table2(setting: tuple[str, str], width: float) -> float | None:
     """A cell of Table 2; None if the paper has none."""
-    dataset, model = setting
+    dataset, model = setting_of(*setting)
     if dataset != "cifar100" or width not in WIDTHS:
         return None
     return _TABLE2[model][WIDTHS.index(width)]

@@ -76,6 +76,18 @@ def test_what_was_not_set_up_alike_is_not_averaged(write):
     assert ["CIFAR-100, VGG-16, variance 1/3", "20.00"] in [[row[0], row[3]] for row in found]
 
 
+def test_a_wider_network_stands_beside_table_2(write):
+    """At K = |W(1.0)|, whatever that is in percent; never beside Table 1."""
+    wide = {"model": "vgg_dropout", "width": 2.0, "sparsity": 0.7482447129139889}
+    write(0.68, **wide)
+    write(0.69, **{**wide, "width": 1.25})
+    write(0.37, model="vgg_dropout")
+    shown = {row[1]: row[2:4] + row[5:7] for row in rows(full_length.table())}
+    assert shown["GSE (the paper's), width 2"] == ["75%", "68.00", "67.18", "+0.82"]
+    assert shown["GSE (the paper's), width 1.25"][2:] == ["–", "–"]
+    assert shown["GSE (the paper's)"] == ["98%", "37.00", "37.17", "-0.17"]
+
+
 def test_the_likeliest_set_up_stands_for_the_paper(write):
     """With dropout before without, variance 1/3 before 1; a method with one set-up keeps it."""
     write(0.1)
