@@ -29,9 +29,9 @@ docs: .venv/.lint
 # The wheel is built from the source distribution; it lies before the checkout on the path.
 dist: .venv/.lint
 	rm -rf dist build/wheel build/wheel_run
-	$(BIN)/python -m build
+	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m pip install --disable-pip-version-check -qq --no-deps --target build/wheel dist/*.whl
-	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -m dst.main --config=../../configs/digits_mlp.py --workdir=../wheel_run --config.execution=sparse
+	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -m dst.main --config=../../configs/digits_mlp.py --workdir=../wheel_run --config.execution=sparse --config.epochs=10
 
 clean:
 	rm -rf .venv build dist dst/connections/backends/native/*.so *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

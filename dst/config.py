@@ -85,6 +85,7 @@ def default() -> ConfigDict:
     config.sampling_rounds = placeholder(int)  # draws per rewire that fill S, 8
     config.track_explored = False  # report the share of connections that ever existed (ITOP)
     config.grasp_temperature = placeholder(float)  # 200 for grasp, 1 for grasp_abs
+    config.synflow_rounds = placeholder(int)  # of pruning by SynFlow, 100; fewer keep more units
     config.score_batches = 0  # batches that snip and grasp look at; 0: the whole training set
     config.lottery_levels = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98)  # those below `sparsity` come before
 
@@ -146,6 +147,7 @@ _RULES: dict[str, Rule] = {
     "sampling_rounds": OF_METHOD["rounds"],
     "track_explored": OF_METHOD["explored"],
     "grasp_temperature": OF_METHOD["temperature"],
+    "synflow_rounds": OF_METHOD["iterations"],
     "score_batches": integer(0),
     "lottery_levels": tuple_of(
         lambda v: is_number(v) and 0 <= v < 1,

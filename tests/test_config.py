@@ -45,6 +45,7 @@ BAD = {
     "growth_memory": ["Streamed", "", None],
     "track_explored": [1, None],
     "grasp_temperature": [0, -1.0, math.inf],
+    "synflow_rounds": [0, 1.5, True],
     "score_batches": [-1, 1.0, None],
     "lottery_levels": [(0.5, 0.5), (0.9, 0.5), (1.0,), ("a",), 0.5, [0.0, 0.5]],
     "drop_fraction": [-0.1, 1.1, math.nan],

@@ -98,6 +98,8 @@ def test_the_configuration_gives_every_field():
     )
     assert method_of(resolve(config), 100).sparsity_of == (("head", 0.75), ("*", None))
     assert method_of(resolve(config), 100).keep_counts
+    config.update(method="synflow", synflow_rounds=7, initial_sparsity=None, sparsity_of=())
+    assert method_of(resolve(config), 100).iterations == 7
     config.update(method="rigl", growth_memory="streamed")
     assert method_of(resolve(config), 100).growth_memory == "streamed"
     config.update(method="grasp", initial_sparsity=None)
@@ -277,7 +279,7 @@ def test_what_is_said_not_to_be_read_is_what_the_library_refuses(name):
         "initial": 0.5, "distribution": "erk", "temperature": 3.0, "heuristic": "graest",
         "drop_fraction": 0.3, "subset_ratio": 3.0, "rounds": 3, "gain": 3.0,
         "growth_memory": "streamed", "floor": 0.01, "explored": True,
-        "sparsity_of": (("*", 0.5),), "keep_counts": True,
+        "sparsity_of": (("*", 0.5),), "keep_counts": True, "iterations": 3,
     }  # fmt: skip
     unread = unread_fields(resolved(method=name))
     for field, option in FIELDS.items():

@@ -13,13 +13,15 @@ from papermill.parameterize import parameterize_notebook
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 NOTEBOOKS = sorted(path.name for path in EXPERIMENTS.glob("*.ipynb"))
 
-# Sweeps train in the kernel: that a run has a process of its own is tests/test_sweep.py's.
+# Sweeps train in the kernel, one seed: that a run has a process of its own and what several seeds
+# add is tests/test_sweep.py's and tests/test_tables.py's.
 HERE = """
 import sys
 path = list(sys.path)
 sys.path.insert(0, "..")
-from experiments import sweep
+from experiments import scales, sweep
 sys.path[:] = path
+scales.SCALES["smoke"] = scales.SCALES["smoke"]._replace(seeds=(0,))
 def perform(run, out, tick):
     from dst.training import figures
     from dst.training.train import train

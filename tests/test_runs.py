@@ -73,6 +73,7 @@ def test_every_field_that_matters_changes_the_folder(field):
         ("dense", "sparsity", 0.5),
         ("gse", "score_batches", 3),
         ("snip", "grasp_temperature", 3.0),
+        ("snip", "synflow_rounds", 3),
         ("pruning", "lottery_levels", (0.0, 0.2)),
         ("gse", "width", 2.0),
     ],

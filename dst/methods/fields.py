@@ -5,6 +5,7 @@ OWN = {
     "initial_sparsity": "initial",
     "distribution": "distribution",
     "grasp_temperature": "temperature",
+    "synflow_rounds": "iterations",
     "heuristic": "heuristic",
     "drop_fraction": "drop_fraction",
     "rewire_every": "every",

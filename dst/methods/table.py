@@ -111,7 +111,7 @@ METHODS = Names(
             "Tanaka et al., 2020",
             {"initial": 0.0, "before": "synflow"},
             passes="100 of one image of ones",
-            choice="float64; BN as its positive factor, no biases",
+            choice="float64; BN as its positive factor, no biases; `synflow_rounds`",
         ),
         random=Row("Random"),
         set=Row(
