@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dst.methods.table import row_of
 from dst.training import figures, log
 from experiments import paper
 from experiments.summary import RESULTS
@@ -29,7 +30,7 @@ class Cell(NamedTuple):
     setting: tuple[str, str]  # (data set, model)
     variance: str  # of first weights, times their unit's connections
     method: str
-    heuristic: str
+    variant: str  # the heuristic of GSE; SynFlow's rounds, if they are not its own code's
     ratio: float  # |S| / |P|
     sparsity: float
     width: float = 1.0  # factor on every layer's channels
@@ -54,7 +55,7 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """The method; what is not the paper's choice is said."""
-        words = [self.heuristic] if self.heuristic not in ("", "grabo") else []
+        words = [self.variant] if self.variant not in ("", "grabo") else []
         words += [f"S = {self.ratio:g} P"] if self.method == "gse" and self.ratio != 10 else []
         words += [f"width {self.width:g}"] if self.width != 1 else []
         return ", ".join([LABELS[self.method], *words])
@@ -64,7 +65,7 @@ class Cell(NamedTuple):
         """Theirs, of Table 1; of a wider network, which has the connections of width 1, Table 2."""
         if self.width != 1:
             return paper.table2(self.setting, self.width)
-        as_theirs = self.name == LABELS[self.method]
+        as_theirs = self.name == LABELS[self.method] or self.method == "synflow"  # rounds: not said
         return paper.table1(self.setting, self.method, self.sparsity) if as_theirs else None
 
 
@@ -83,15 +84,21 @@ def logs() -> Iterator[Log]:
         header, events = log.read(path)
         config = header["config"]
         if config["epochs"] == EPOCHS and events[-1]["event"] == "end":
-            heuristic = config["heuristic"] if config["method"] == "gse" else ""
-            setting = config["dataset"], config["model"]
-            platform = header["devices"]["platform"]
-            numbers = config["subset_ratio"], config["sparsity"], config["width"]
-            by_model = config.get("init") == "model"
-            gain = Fraction(config["init_gain"]).limit_denominator(100)
-            variance = "of the model's own" if by_model else str(gain)
-            cell = Cell(setting, variance, config["method"], heuristic, *numbers)
-            yield Log(cell, config, platform, events)
+            yield Log(cell_of(config), config, header["devices"]["platform"], events)
+
+
+def cell_of(config: dict[str, Any]) -> Cell:
+    """Where a run belongs; the first logs do not have every field."""
+    method, variant = config["method"], ""
+    if method == "gse":
+        variant = config["heuristic"]
+    if method == "synflow" and (rounds := config.get("synflow_rounds")):
+        variant = f"{rounds} rounds" if rounds != row_of(method).iterations else ""
+    by_model = config.get("init") == "model"
+    gain = Fraction(config["init_gain"]).limit_denominator(100)
+    variance = "of the model's own" if by_model else str(gain)
+    numbers = config["subset_ratio"], config["sparsity"], config["width"]
+    return Cell((config["dataset"], config["model"]), variance, method, variant, *numbers)
 
 
 def cells() -> dict[Cell, list[Log]]:

@@ -88,6 +88,14 @@ def test_a_wider_network_stands_beside_table_2(write):
     assert shown["GSE (the paper's)"] == ["98%", "37.00", "37.17", "-0.17"]
 
 
+def test_the_rounds_of_synflow_are_told_apart(write):
+    """The paper does not say how many it had, so that its number stands beside all."""
+    for rounds, accuracy in ((None, 0.3), (100, 0.31), (20, 0.33)):
+        write(accuracy, method="synflow", synflow_rounds=rounds)
+    shown = {row[1]: (row[3], row[5]) for row in rows(full_length.table())}
+    assert shown == {"SynFlow": ("30.50", "35.02"), "SynFlow, 20 rounds": ("33.00", "35.02")}
+
+
 def test_the_likeliest_set_up_stands_for_the_paper(write):
     """With dropout before without, variance 1/3 before 1; a method with one set-up keeps it."""
     write(0.1)
