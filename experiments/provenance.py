@@ -52,7 +52,8 @@ def table() -> str:
         header, events = read(path)
         config = logged(header)
         where = path.parent.name.removesuffix(f"-seed{config.seed}")
-        row = rows[where, command(config)]
+        made = f"; {header['made']}" if "made" in header else ""  # by more than one command
+        row = rows[where, f"`{command(config)}`{made}"]
         row["seeds"].add(config.seed)
         for part in headers(header, events):
             row["machines"].add(machine(part))
@@ -62,7 +63,7 @@ def table() -> str:
         (
             [
                 f"`{where}`",
-                f"`{line}`",
+                line,
                 ", ".join(map(str, sorted(row["seeds"]))),
                 ", ".join(sorted(row["machines"])),
                 ", ".join(sorted(row["revisions"])),
