@@ -22,6 +22,6 @@ def get_config() -> ConfigDict:
     config = default()
     config.dataset = "cifar100"
     config.model = "vgg_dropout"  # 0.5 in the head, as in the authors' later code; 'vgg' has none
-    # PyTorch's default for a layer's weights. With 1 dense training stays at chance.
+    # PyTorch's default for a layer's weights. With 1 this network, dense, stays at chance.
     config.init_gain = 1 / 3
     return config

@@ -12,9 +12,11 @@
   sparsity_of={"*/attention/*": 0.9, "head": None}, keep_counts=True)`.
 - Start from weights: `dst.init_state(..., params=variables)` keeps the largest, of a file of
   `dst.export` its connections; `init="model"` uses the model's own initialisers.
-- `apply` runs the model in train mode, with random streams of any name; `loss(apply, batch, key)`
-  gets a key a step. On several devices means are averaged: a weighted one is
-  `dst.weighted_mean(values, weights)`, and `BatchNorm(axis_name=...)` sees the whole batch.
+- A model with a flag: `dst.network(model, x, train=False)`, which predicts so, and in the loss
+  `apply(x, train=True)`; what batch normalisation then writes is kept, and random streams of any
+  name are there. `loss(apply, batch, key)` gets a key a step. On several devices means are
+  averaged: a weighted one is `dst.weighted_mean(values, weights)`, and
+  `BatchNorm(axis_name=...)` sees the whole batch.
 - An average beside the state follows a rewire by `dst.carry(average, before, state)` and predicts
   by `dst.predictor(net, state, params=average)`.
 - Methods that prune before training take `dst.prune_at_init(net, tx, method, loss, state,
@@ -22,7 +24,8 @@
   file)`, by `dst.init_state(sparse_net, tx, dst.method("random", sparsity), key, params=file)`. For
   Lottery's loop see `dst.lottery`.
 - Truly sparse: `dst.network(..., execution="sparse")`; `dst.export`, `dst.load` and
-  `dst.predictor` for what was trained.
+  `dst.predictor` for what was trained. A run of the command line leaves such a file, `network.npz`.
+- A state is a pytree of arrays: orbax saves it, and restores it into one that `init_state` makes.
 """
 
 from dst.connections.carry import carry

@@ -107,6 +107,9 @@ def takes_key(loss: Any) -> bool:
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
+OWN_METRICS = {"loss", "finite"}  # of a step, beside those of the loss
+
+
 def check_returned(returned: Any) -> tuple[Any, Mapping[str, Any]]:
     """(loss, metrics) of what a loss returns, if it is that: traced numbers."""
     pair = isinstance(returned, tuple | list) and len(returned) == 2
@@ -119,6 +122,10 @@ def check_returned(returned: Any) -> tuple[Any, Mapping[str, Any]]:
     if not _is_scalar(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise ConfigError(
             f"loss must return one number, the mean over the batch, not {described(value)}."
+        )
+    for name in OWN_METRICS & metrics.keys():
+        raise ConfigError(
+            f"metric {name!r} must have another name: what a step returns has its own {name!r}."
         )
     for path, metric in jax.tree.leaves_with_path(dict(metrics)):
         if not _is_scalar(metric):

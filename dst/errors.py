@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -17,8 +18,9 @@ class ConfigError(ValueError):
 
 
 def quoted(error: BaseException) -> str:
-    """Another's error within a sentence: its type and text, on one line and not too long."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+    """Another's error within a sentence: its type and text on one line, not too long."""
+    text = re.sub(r"\.? \(https?://\S+\)", "", f"{type(error).__name__}: {error}")
+    return textwrap.shorten(text, 400, placeholder=" ...")
 
 
 def check_value(name: str, value: Any, rule: Rule) -> None:

@@ -26,9 +26,12 @@ Array = jax.Array
 
 # loss(apply, batch) -> (mean loss, {metric: mean}), of a device's rows of the batch.
 #
-# apply(*inputs) runs the model in train mode. As in Flax, apply(*inputs, mutable=["losses"]) is
-# (outputs, {"losses": what the model sowed}), and method= and rngs= are what they are there. Random
-# streams of any name have keys of their own without rngs=, which differ by step, device and call.
+# apply(*inputs) runs the model as in training: it may draw, and what it writes, as batch
+# normalisation its statistics, is kept. A flag of the model's own is given here, as in
+# apply(x, train=True): the keyword arguments of dst.network are for discovery and prediction. As in
+# Flax, apply(*inputs, mutable=["losses"]) is (outputs, {"losses": what the model sowed}), and
+# method= and rngs= are what they are there. Random streams of any name have keys of their own
+# without rngs=, which differ by step, device and call.
 #
 # loss(apply, batch, key), its third parameter called so, is given a key that differs by step and
 # device too, for noise, mixup and the like; a rewire sees the same as the update that follows.

@@ -4,9 +4,9 @@
 
   --config        a file of configs/ or your own; its first lines say what to expect
   --config.FIELD  overrides a field, as in --config.sparsity=0.95; dst/config.py lists them all
-  --workdir       logs and checkpoints, by default runs/<name of the config file>; the same
-                  command again resumes the run in it; DIR/compiled holds the programs that
-                  JAX compiled (or JAX_COMPILATION_CACHE_DIR), so that it need not again
+  --workdir       logs, checkpoints, at the end network.npz (a file of dst.export); by default
+                  runs/<name of the config file>; the same command again resumes the run in it;
+                  DIR/compiled holds what JAX compiled (or JAX_COMPILATION_CACHE_DIR)
 
 Memory that a step frees is kept for the next one, on Linux: steps of convolutional networks take
 up to half the time, and the process grows larger. DST_KEEP_MEMORY=0 gives it back to the system.
@@ -15,7 +15,7 @@ One run on several hosts, started in each of them, with a --workdir that all of 
   --coordinator=HOST:PORT --processes=N --process=I   the address of process 0; I from 0 to N - 1
   --distributed                                       instead, where JAX recognises the cluster
 
-Exit code: 0 finished, or saved and stopped by SIGTERM or Ctrl-C; 1 had to stop; 2 bad input.
+Exit code: 0 finished, or saved and stopped (SIGTERM, Ctrl-C); 1 failed; 2 bad input; 130 cut off.
 """
 
 import contextlib
@@ -105,10 +105,12 @@ def main(argv: list[str], prepare: Callable[[Path], None] = lambda workdir: None
                     return complain(error, 1)
     except ConfigError as error:
         return complain(error, 2)
+    except KeyboardInterrupt:
+        return complain("interrupted; the same command goes on from its last checkpoint.", 130)
     return 0
 
 
-def complain(error: Exception, code: int) -> int:
+def complain(error: Exception | str, code: int) -> int:
     """Prints the sentence; returns the exit code."""
     print(f"dst: {error}", file=sys.stderr)
     return code

@@ -31,6 +31,7 @@ from dst.loss import Loss
 from dst.methods.base import Method
 from dst.methods.candidates import Sample, room
 from dst.methods.combinations import check, check_execution, memories
+from dst.methods.distributions import count_of
 from dst.methods.drop import DROPS, dropping, looked_at
 from dst.methods.grow import GROWTHS
 from dst.methods.heuristics import HEURISTICS
@@ -173,17 +174,25 @@ def make_rewire(
     """The jitted rewire step: (state, batch) -> (state, report); compiled once for a whole run.
 
     To be called before the update of the steps that `dst.due(method, step)` names, and no others.
-    With `donate` the new state takes the memory of the old one, which is then gone.
+    With `donate` the new state takes the memory of the old one, which is then gone. Raises: a state
+    of another network, optimizer or number of connections than the method's.
     """
     check_optimizer(tx)
     check_devices(devices)
     body = rewire_body(net, tx, method, loss)
+    K = None if method.ramps else count_of(net, method.sparsity)
     step = parallel(body, (None, 0, None), devices, (0,) if donate else ())
     measure = on_host(net, method)
     place = placer(devices)
 
     def rewire(state: SparseState, batch: Any):
         check_is("state", state, SparseState, "dst.init_state(net, tx, method, key)")
+        refuse_another(net, tx, state)
+        if K not in (None, found := int(state.masks.counts().sum())):
+            raise ConfigError(
+                f"method must be that of init_state: its sparsity {method.sparsity:g} is {K:,} "
+                f"connections, and the state has {found:,}."
+            )
         state = place(state)
         return step(state, split_batch(batch, devices), measure(state))
 

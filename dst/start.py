@@ -107,9 +107,17 @@ def drawn(
     zero: set[str] = set()
     variables = init_rest(net, model_key, functools.partial(note_zeros, zero))
     counts = first_counts(net, method)
+    tell_empty(net, counts, 'sparsity_of={"its path": ...} gives it some')
     by_model = init == "model"
     weights = of_model(net, model_key) if by_model else of_fan_in(method, weight_key, zero)
     return First(variables, counts, random_layers(net, counts, mask_key, weights))
+
+
+def tell_empty(net: Network, counts: Mapping[str, int], advice: str) -> None:
+    """Says in the log which layers begin without a connection, so that nothing passes them."""
+    for path, count in counts.items():
+        if not count and net.layers[path].size:
+            LOGGER.warning("%s begins without a connection; %s.", path, advice)
 
 
 def taken(
@@ -120,8 +128,7 @@ def taken(
     source = given(net, params, rest)
     positions = kept(net, method, source, keep, mask_key)
     counts = {path: position.size for path, position in positions.items()}
-    for path in (path for path, count in counts.items() if not count and net.layers[path].size):
-        LOGGER.warning('%s begins without a connection; keep="layer" keeps some of each.', path)
+    tell_empty(net, counts, 'keep="layer" keeps some of each')
     layers = ((p, source.values(path, p)) for path, p in positions.items())
     return First(source.variables, counts, layers)
 

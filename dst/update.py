@@ -6,8 +6,9 @@ jit(shard_map) instead, on the devices of one process.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dst import hosts
 from dst.arguments import check_devices, check_is, described, form, is_key, takes_key
 from dst.axis import AXIS
-from dst.connections.execution import EXECUTIONS
+from dst.connections.execution import EXECUTIONS, slower
 from dst.connections.moments import recognise
 from dst.errors import ConfigError, check_value, one_of
 from dst.loss import Loss, run_loss
@@ -28,6 +29,7 @@ from dst.network import Network
 from dst.optimizer import check_optimizer, extended
 from dst.state import SparseState
 
+LOGGER = logging.getLogger("dst")
 Array = jax.Array
 
 
@@ -185,6 +187,16 @@ def _same_shape(one: Any, other: Any) -> bool:
     return one.shape == other.shape
 
 
+def tell_frozen(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Says in the log, while a step is traced, that batch normalisation learns no statistics."""
+    pairs = zip(*(jax.tree.leaves(c.get("batch_stats", {})) for c in (before, after)), strict=True)
+    if (same := [one is other for one, other in pairs]) and all(same):
+        LOGGER.warning(
+            "The loss leaves all batch_stats as they are; a model with a flag is told to train by "
+            "apply(x, train=True), or whatever its name is."
+        )
+
+
 def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> Callable:
     """One step on one device's share of the batch: (state, batch) -> (state, metrics)."""
     check_is("net", net, Network, "dst.network(model, x)")
@@ -199,6 +211,7 @@ def update_body(net: Network, tx: optax.GradientTransformation, loss: Loss) -> C
         owners = recognise(state.opt_state, state.params, A.kernels(state.params))
         objective = lambda params: run_loss(net, loss, params, state, batch)  # noqa: E731
         gradients, run = jax.grad(objective, has_aux=True)(state.params)
+        tell_frozen(state.batch_stats, run.collections)
         gradients, run = jax.tree.map(average, (gradients, run))
         finite = all_finite((run.loss, gradients))
         own = after_step(state.method, A.kernels(gradients))
@@ -245,6 +258,8 @@ def make_update(
     """
     check_devices(devices)
     step = parallel(update_body(net, tx, loss), (None, 0), devices, (0,) if donate else ())
+    if words := slower(net):
+        LOGGER.warning("Sparse execution: %s.", words)
     place = placer(devices)
 
     def update(state: SparseState, batch: Any):

@@ -40,6 +40,17 @@ def loss(apply, batch):
 NET, METHOD = dst.network(Net(), X[:1]), dst.method("set", 0.5, every=2, end=8)
 STATE = dst.init_state(NET, TX, METHOD, KEY)
 SPARSE = dst.network(Net(), X[:1], execution="sparse")
+SPARSE_STATE = dst.init_state(SPARSE, TX, METHOD, KEY)
+
+
+class Norm(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(5)(nn.BatchNorm(not train)(nn.Dense(7)(x)))
+
+
+NORMED = dst.network(Norm(), X[:1])
+NORM = dst.init_state(NORMED, TX, METHOD, KEY)
 OTHER = dst.network(Net(9), X[:1])
 
 
@@ -97,6 +108,10 @@ MISTAKES = {
         r"^metric 'a/hits' must be one number, .*, not float32 of shape \(8,\)\.$",
     ),
     "metric as words": (step(returning(jnp.mean, {"name": "x"})), r"^metric 'name' .*, not 'x'\.$"),
+    "metric of the step": (
+        step(returning(jnp.mean, {"loss": 1.0})),
+        r"^metric 'loss' must have another name: what a step returns has its own 'loss'\.$",
+    ),
     "params": (
         step(lambda p, b: (entropy(Net().apply({"params": p}, b[0]), b[1]).mean(), {})),
         r"^loss fails with Apply.* its first argument is a function: apply\(\*inputs\) runs ",
@@ -128,6 +143,23 @@ MISTAKES = {
         move(method=dst.method("snfs", 0.5)),
         r"^method must be that of init_state; 'snfs' needs .* \(momentum, decay\), which this ",
     ),
+    "sparsity of another": (
+        move(method=dst.method("set", 0.9)),
+        r"^method must be that of init_state: its sparsity 0\.9 is 8 conn.* the state has 39\.$",
+    ),
+    "sparsity of another, sparse": (
+        move(SPARSE_STATE, net=SPARSE, method=dst.method("set", 0.9)),
+        r"^method must be that of init_state: its sparsity 0\.9 is 8 conn.* the state has 39\.$",
+    ),
+    "predicted in training": (
+        lambda: dst.predictor(dst.network(Norm(), X, train=True), NORM)(X),
+        r'^the model fails to predict with Modify.*"batch_stats" is immutable; it was called with '
+        r"train=True, and dst\.predictor\(net, source, train=False\), or .* overrides that\.$",
+    ),
+    "predicted with a flag": (
+        lambda: dst.predictor(NORMED, NORM)(X, train=False),
+        r"^a predictor takes inputs alone, not train=; give keyword arguments to dst\.predictor",
+    ),
     "due": (lambda: dst.due("set", 3), r"^method must be what dst\.method\(.*\) gives, not 'set'"),
     "carried": (lambda: dst.carry({}, None, STATE), r"^before must be what .* gives, not None\.$"),
     "predicted": (lambda: dst.predictor(OTHER, STATE), r"^state is of another network: layer"),
@@ -158,6 +190,27 @@ def test_a_mistake_is_told_in_one_sentence(mistake):
         call()
     assert re.search(sentence, str(error.value)), str(error.value)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("flag", [{}, {"train": True}])
+def test_statistics_that_no_step_changes_are_told(flag, devices, caplog):
+    """A model with a flag that the loss forgets; once, not in every step."""
+    forgets = lambda apply, b: (entropy(apply(b[0], **flag), b[1]).mean(), {})  # noqa: E731
+    update = dst.make_update(NORMED, TX, forgets, devices=jax.devices()[:devices])
+    state, _ = update(NORM, (X, Y))
+    update(state, (X, Y))
+    assert [m.split(" as they are")[0] for m in caplog.messages] == [
+        "The loss leaves all batch_stats"
+    ] * (not flag)
+
+
+def test_numpys_numbers_are_numbers():
+    """A method holds Python's, so that K is that of float64."""
+    method = dst.method("gse", np.float64(0.9), every=np.int64(5), drop_fraction=np.float32(0.25))
+    assert method == dst.method("gse", 0.9, every=5, drop_fraction=0.25)
+    assert {type(v) for v in (method.sparsity, method.drop_fraction)} == {float}
+    assert type(dst.method("gse", np.float32(0.5)).sparsity) is float
 
 
 def test_what_a_loss_raises_itself_is_its_own():

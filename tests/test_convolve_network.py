@@ -190,7 +190,7 @@ class Uncovered(nn.Module):
         return nn.Dense(3)(nn.Conv(4, (3, 3), name="plain")(x).mean((1, 2)))
 
 
-def test_what_the_kernels_do_not_cover_is_expanded_and_said(monkeypatch):
+def test_what_the_kernels_do_not_cover_is_expanded_and_said(monkeypatch, caplog):
     net = dst.network(Uncovered(), jnp.zeros((1, 5, 5, 2)), execution="sparse")
     state = dst.init_state(net, tiny.SGD, dst.method("gse", 0.5), jax.random.key(0))
     described = lambda s, n: execution.described(n, s.params, s.masks, s.batch_stats)  # noqa: E731
@@ -201,9 +201,13 @@ def test_what_the_kernels_do_not_cover_is_expanded_and_said(monkeypatch):
     assert run(jnp.zeros((0, 5, 5, 2))).shape == (0, 3)
     other = tiny.setup(execution="sparse")
     assert described(other.state, other.net) == "compiled kernels"
+    for one in (net, other.net, tiny.setup().net):  # without a command line, by what is slower
+        dst.make_update(one, tiny.SGD, tiny.loss)
+    assert caplog.messages == ["Sparse execution: 2 of 3 convolutions are expanded."]
     monkeypatch.setattr(kernels, "available", lambda: False)
     monkeypatch.setattr(kernels, "why_not", lambda: "there is no compiler")
     assert described(state, net).endswith("no compiler; 3 of 3 convolutions are expanded")
+    assert execution.slower(net).startswith("pure JAX, as there is no compiler; 3 of 3 conv")
 
 
 def test_batch_norm_on_four_devices_is_that_of_masked_execution():

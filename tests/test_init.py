@@ -72,6 +72,16 @@ def test_a_head_of_zeros_stays_zero_whatever_draws_the_others(execution):
     assert not np.any(weights["head"]) and np.any(weights["first"])
 
 
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_layer_that_begins_without_a_connection_is_told(execution, caplog):
+    begin(execution)
+    assert not caplog.messages
+    begin(execution, sparsity=0.99875)
+    assert caplog.messages == [
+        'head begins without a connection; sparsity_of={"its path": ...} gives it some.'
+    ]
+
+
 def test_what_the_models_own_does_not_go_with_is_refused():
     net = dst.network(Own(), jnp.zeros((1, 40)))
     method = dst.method("set", 0.8, gain=2.0)

@@ -141,15 +141,24 @@ def test_overrides_workdir_and_dense_reach_the_training(runs):
     assert (config.hidden, config.lr_drop_epochs) == ((8, 9), (1, 2))
 
 
-@pytest.mark.parametrize(("error", "expected"), [(ConfigError, 2), (StoppedForTest, 1)])
-def test_what_the_training_raises_is_a_sentence(error, expected, runs, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "expected", "sentence"),
+    [
+        (ConfigError, 2, "A sentence."),
+        (StoppedForTest, 1, "A sentence."),
+        (KeyboardInterrupt, 130, "interrupted; the same command goes on from its last checkpoint."),
+    ],
+)
+def test_what_the_training_raises_is_a_sentence(
+    error, expected, sentence, runs, capsys, monkeypatch
+):
     def fail(*_):
         raise error("A sentence.")
 
     monkeypatch.setattr(sys.modules["dst.training.train"], "train", fail)
     assert main_lib.main(["dst", DIGITS]) == expected
-    assert capsys.readouterr() == ("", "dst: A sentence.\n")
-    assert Path("runs").exists() == (error is StoppedForTest)
+    assert capsys.readouterr() == ("", f"dst: {sentence}\n")
+    assert Path("runs").exists() == (error is not ConfigError)
 
 
 def test_a_refused_run_leaves_what_was_there(runs, capsys, monkeypatch):

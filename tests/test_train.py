@@ -13,7 +13,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import dst
+from dst import models
 from dst.config import default, validate
+from dst.data import load
 from dst.data import pipeline as dst_data
 from dst.errors import ConfigError
 from dst.methods.settings import resolve
@@ -84,6 +87,17 @@ def test_a_run_shows_what_it_did(run, uninterrupted):
     assert kinds[-1] == "end" and sum(events[-1]["active"].values()) == K
     assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert list((workdir / "tensorboard").iterdir())
+
+
+def test_a_run_leaves_its_network_for_plain_flax(uninterrupted):
+    """The file's accuracy is that of the log's last line."""
+    workdir, (_, events) = uninterrupted
+    data = load("digits")
+    model = models.build(small(), data.num_classes)
+    images = dst_data.normalise(data.test_images, data.mean, data.std)
+    logits = model.apply(dst.load(workdir / "network.npz"), images, train=False)
+    right = np.mean(np.argmax(logits, -1) == data.test_labels)
+    assert right == pytest.approx(events[-1]["test_accuracy"], abs=1e-6)
 
 
 def test_a_finished_run_is_not_run_again(run, uninterrupted, capsys):

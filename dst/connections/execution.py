@@ -19,7 +19,7 @@ from flax.linen.dtypes import promote_dtype
 
 from dst.axis import across_devices
 from dst.connections.arena import SPARSE, VALUES, Arena
-from dst.connections.backends.dispatch import compiled, covered, tier
+from dst.connections.backends.dispatch import COMPILED, compiled, covered, tier
 from dst.connections.base import Connections, Execution, Part
 from dst.connections.fusion import Opaque, fused, plainly, region
 from dst.connections.masks import MASKED
@@ -240,12 +240,7 @@ def described(net: Network, params: Any, connections: Connections, collections: 
     if not isinstance(connections, Arena):
         return ""
     expanded = expanded_layers(net)
-    words = [tier()]
-    for kind in dict.fromkeys(type(layer) for layer in net.layers.values()):
-        these = [expanded[path] for path in expanded if type(net.layers[path]) is kind]
-        if any(these):
-            what = kind.plural or f"{kind.__name__} layers"
-            words += [f"{sum(these)} of {len(these)} {what} are expanded"]
+    words = [tier(), *_counted(net, expanded)]
     may_fuse = net.fuse and not all(expanded.values())  # else the model need not be traced for it
     if may_fuse and (fused := fused_convolutions(net, params, connections, collections, **kwargs)):
         convolutions = sum(layer.convolves for layer in net.layers.values())
@@ -253,6 +248,24 @@ def described(net: Network, params: Any, connections: Connections, collections: 
             f"{fused} of {convolutions} convolutions are fused with their batch normalisation"
         ]
     return "; ".join(words)
+
+
+def slower(net: Network) -> str:
+    """What of a sparse network has no compiled kernels here, in words; "" if nothing, or masked."""
+    if net.execution == "masked":
+        return ""
+    return "; ".join([tier()] * (tier() != COMPILED) + _counted(net, expanded_layers(net)))
+
+
+def _counted(net: Network, expanded: Mapping[str, bool]) -> list[str]:
+    """How many layers of each kind are expanded, if any, in words."""
+    words = []
+    for kind in dict.fromkeys(type(layer) for layer in net.layers.values()):
+        these = [expanded[path] for path in expanded if type(net.layers[path]) is kind]
+        if any(these):
+            what = kind.plural or f"{kind.__name__} layers"
+            words += [f"{sum(these)} of {len(these)} {what} are expanded"]
+    return words
 
 
 def fused_convolutions(net: Network, params, connections, collections, **kwargs) -> int:

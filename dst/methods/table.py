@@ -204,6 +204,11 @@ def row_of(name: str, sparsity: float = 0.0) -> Method:
     return Method(name, 0.0 if name == "dense" else sparsity)._replace(**METHODS[name].fields)
 
 
+def plain(value: Any) -> Any:
+    """A NumPy number, as a step count often is, as Python's: a method holds these."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def method(name: str, sparsity: float = 0.98, **options) -> Method:
     """A row of Table 1 by name; `options` are fields of `Method`.
 
@@ -221,13 +226,9 @@ def method(name: str, sparsity: float = 0.98, **options) -> Method:
         raise ConfigError(
             f"a method has no field {min(unknown)!r}{hint}; it has {', '.join(Method._fields)}."
         )
-    # A step count is often NumPy's; a method holds plain numbers.
-    options = {f: v.item() if isinstance(v, np.generic) else v for f, v in options.items()}
+    sparsity, options = plain(sparsity), {f: plain(v) for f, v in options.items()}
     if isinstance(options.get("sparsity_of"), Mapping):  # a method is hashable
-        pairs = options["sparsity_of"].items()
-        options["sparsity_of"] = tuple(
-            (glob, s.item() if isinstance(s, np.generic) else s) for glob, s in pairs
-        )
+        options["sparsity_of"] = tuple((g, plain(s)) for g, s in options["sparsity_of"].items())
     row = row_of(name, sparsity)
     made = row._replace(**options)
     check_values(made._replace(sparsity=sparsity))  # that of a dense network is not read

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ from dst.connections.base import Connections
 from dst.connections.execution import EXECUTIONS, forward
 from dst.connections.files import Kernel, read, to_csr, write
 from dst.connections.initialised import init_rest
-from dst.errors import ConfigError, check_value, one_of
+from dst.errors import ConfigError, check_value, one_of, quoted
 from dst.network import Network
 from dst.state import SparseState
 from dst.update import refuse_other_layers
@@ -137,12 +138,28 @@ def _as_in_network(of: Same) -> Callable[..., Any]:
     return _program(of.net, of.net.kwargs)
 
 
+# What a model that is called as in training does: writes its statistics, draws dropout.
+IN_TRAINING = (flax.errors.ModifyScopeVariableError, flax.errors.InvalidRngError)
+
+
 def _program(net: Network, options: Mapping[str, Any]) -> Callable[..., Any]:
     """(parameters, connections, collections), inputs -> the model's outputs; jitted."""
 
     @jax.jit
-    def run(network, *inputs):
-        outputs = forward(net, *network, *inputs, **options)
+    def run(network, *inputs, **stray):
+        if stray:
+            raise ConfigError(
+                f"a predictor takes inputs alone, not {', '.join(stray)}=; give keyword arguments "
+                "to dst.predictor(net, source, ...)."
+            )
+        try:
+            outputs = forward(net, *network, *inputs, **options)
+        except IN_TRAINING as error:
+            called = ", ".join(f"{name}={value!r}" for name, value in options.items()) or "nothing"
+            raise ConfigError(
+                f"the model fails to predict with {quoted(error)}; it was called with {called}, "
+                "and dst.predictor(net, source, train=False), or what its flag is, overrides that."
+            ) from error
         for leaf in jax.tree.leaves(outputs):
             if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
                 raise ConfigError(

@@ -33,6 +33,7 @@ from dst.start import init_state, prune_at_init
 from dst.state import SparseState, active_counts
 from dst.training import checkpoint, figures, log, steps
 from dst.training.evaluate import make_evaluate
+from dst.training.export import export
 from dst.training.loop import Parts, Stopped, collapsed_layers, loop
 from dst.training.steps import classification, make_steps, optimizer, residents, schedule
 from dst.update import replicate
@@ -172,6 +173,8 @@ def run_once(
             raise Stopped(f"{error}; {kept} (a lower learning_rate may help).") from error
     if hosts.is_first():
         figures.plot(workdir)
+        if done:
+            export(built.net, state, workdir / "network.npz")
     return built.net, state, done
 
 
