@@ -12,6 +12,7 @@ layers together, or within each.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,7 @@ from dst.optimizer import check_optimizer
 from dst.state import TIE_STREAM, SparseState, active_counts, stream
 from dst.update import all_finite, parallel, placer, refuse_another, split_batch
 
+LOGGER = logging.getLogger("dst")
 Array = jax.Array
 
 
@@ -174,13 +176,13 @@ def make_rewire(
     """The jitted rewire step: (state, batch) -> (state, report); compiled once for a whole run.
 
     To be called before the update of the steps that `dst.due(method, step)` names, and no others.
-    With `donate` the new state takes the memory of the old one, which is then gone. Raises: a state
-    of another network, optimizer or number of connections than the method's.
+    With `donate` the new state takes the memory of the old one, which is then gone. A state of
+    another sparsity than the method's is moved to that, and the log says so. Raises: a state of
+    another network or optimizer, in sparse execution of another sparsity.
     """
     check_optimizer(tx)
     check_devices(devices)
     body = rewire_body(net, tx, method, loss)
-    K = None if method.ramps else count_of(net, method.sparsity)
     step = parallel(body, (None, 0, None), devices, (0,) if donate else ())
     measure = on_host(net, method)
     place = placer(devices)
@@ -188,15 +190,26 @@ def make_rewire(
     def rewire(state: SparseState, batch: Any):
         check_is("state", state, SparseState, "dst.init_state(net, tx, method, key)")
         refuse_another(net, tx, state)
-        if K not in (None, found := int(state.masks.counts().sum())):
-            raise ConfigError(
-                f"method must be that of init_state: its sparsity {method.sparsity:g} is {K:,} "
-                f"connections, and the state has {found:,}."
-            )
+        refuse_waiting(state.method)
+        tell_other_sparsity(net, method, state)
         state = place(state)
         return step(state, split_batch(batch, devices), measure(state))
 
     return rewire
+
+
+def tell_other_sparsity(net: Network, method: Method, state: SparseState) -> None:
+    """Says that a rewire will change the number of connections, if no ramp of the method's does.
+
+    Raises: one for which there is no memory. A state that is being traced cannot be asked.
+    """
+    K, found = count_of(net, method.sparsity), state.masks.counts().sum()
+    if method.ramps or isinstance(found, jax.core.Tracer) or int(found) == K:
+        return
+    words = f"its sparsity {method.sparsity:g} is {K:,} connections, the state has {int(found):,}"
+    if not state.masks.every_possible:
+        raise ConfigError(f"method must be that of init_state: {words}.")
+    LOGGER.warning("The rewire moves to what the method says: %s.", words)
 
 
 def on_host(net: Network, method: Method) -> Callable[[SparseState], Any]:

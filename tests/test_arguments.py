@@ -143,13 +143,9 @@ MISTAKES = {
         move(method=dst.method("snfs", 0.5)),
         r"^method must be that of init_state; 'snfs' needs .* \(momentum, decay\), which this ",
     ),
-    "sparsity of another": (
-        move(method=dst.method("set", 0.9)),
-        r"^method must be that of init_state: its sparsity 0\.9 is 8 conn.* the state has 39\.$",
-    ),
     "sparsity of another, sparse": (
         move(SPARSE_STATE, net=SPARSE, method=dst.method("set", 0.9)),
-        r"^method must be that of init_state: its sparsity 0\.9 is 8 conn.* the state has 39\.$",
+        r"^method must be that of init_state: its sparsity 0\.9 is 8 conn.*, the state has 39\.$",
     ),
     "predicted in training": (
         lambda: dst.predictor(dst.network(Norm(), X, train=True), NORM)(X),
@@ -203,6 +199,16 @@ def test_statistics_that_no_step_changes_are_told(flag, devices, caplog):
     assert [m.split(" as they are")[0] for m in caplog.messages] == [
         "The loss leaves all batch_stats"
     ] * (not flag)
+
+
+def test_a_rewire_to_another_sparsity_is_told(caplog):
+    state, _ = move()()
+    assert not caplog.messages
+    move(state, method=dst.method("set", 0.9))()
+    assert caplog.messages == [
+        "The rewire moves to what the method says: its sparsity 0.9 is 8 connections, the state "
+        "has 39."
+    ]
 
 
 def test_numpys_numbers_are_numbers():
