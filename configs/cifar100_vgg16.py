@@ -6,7 +6,7 @@
 Expected, the paper's Table 1 (top-1 test accuracy in %, mean of 3 seeds):
     37.17 at 98 % sparsity; 48.68 at 95 % (--config.sparsity=0.95); 54.76 at 90 %;
     62.50 dense (--config.method=dense).
-Ours: 37.57 at 98 % (seeds 0 and 1), 61.19 dense (seed 0). A head without dropout does better when sparse:
+Ours: 37.57 at 98 % (two seeds), 61.19 dense (one). A head without dropout does better when sparse:
     --config.model=vgg --config.init_gain=1.0 has 45.62 at 98 %, 62.10 dense.
 Expected time: 200 epochs of 390 steps; on 2 CPU cores about 0.2 s a step, 0.02 s truly sparse
 (--config.execution=sparse), on an H200 2 ms.
