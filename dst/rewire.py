@@ -59,7 +59,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
         raise ConfigError(f"method is {method.name!r}, whose connections never move.")
     check(method)
     check_execution(method, net.execution)
-    planned = plan(net, method)
+    planned, K = plan(net, method), count_of(net, method.sparsity)
     drop_rule, most = DROPS[method.drop], room(net, method, planned)
     may_drop = dropping(net, method)
     sample = GROWTHS[method.score].source(net, method, planned, loss)
@@ -72,6 +72,7 @@ def rewire_body(net: Network, tx: optax.GradientTransformation, method: Method, 
                 f"the start on ({', '.join(missing)}), which this state has not."
             )
         refuse_waiting(state.method)
+        refuse_other_sparsity(method, K, state.masks)
         event = planned.event(state.step)
         target, G_t = (jnp.asarray(n)[event] for n in (planned.active, planned.grown))
         A, w = state.masks, state.masks.weights(state.params)
@@ -182,34 +183,34 @@ def make_rewire(
     """
     check_optimizer(tx)
     check_devices(devices)
-    body = rewire_body(net, tx, method, loss)
+    body, K = rewire_body(net, tx, method, loss), count_of(net, method.sparsity)
     step = parallel(body, (None, 0, None), devices, (0,) if donate else ())
     measure = on_host(net, method)
     place = placer(devices)
 
     def rewire(state: SparseState, batch: Any):
         check_is("state", state, SparseState, "dst.init_state(net, tx, method, key)")
-        refuse_another(net, tx, state)
-        refuse_waiting(state.method)
-        tell_other_sparsity(net, method, state)
+        found = state.masks.counts().sum()  # before the state's memory is the new one's
         state = place(state)
-        return step(state, split_batch(batch, devices), measure(state))
+        rewired = step(state, split_batch(batch, devices), measure(state))
+        if not (method.ramps or isinstance(found, jax.core.Tracer) or int(found) == K):
+            words = other_sparsity(method, K, found)
+            LOGGER.warning("The rewire moves to what the method says: %s.", words)
+        return rewired
 
     return rewire
 
 
-def tell_other_sparsity(net: Network, method: Method, state: SparseState) -> None:
-    """Says that a rewire will change the number of connections, if no ramp of the method's does.
+def refuse_other_sparsity(method: Method, K: int, A: Any) -> None:
+    """Raises: connections that have memory for another number than the method's."""
+    held = A.exists.size
+    if not A.every_possible and held != K:
+        raise ConfigError(f"method must be that of init_state: {other_sparsity(method, K, held)}.")
 
-    Raises: one for which there is no memory. A state that is being traced cannot be asked.
-    """
-    K, found = count_of(net, method.sparsity), state.masks.counts().sum()
-    if method.ramps or isinstance(found, jax.core.Tracer) or int(found) == K:
-        return
-    words = f"its sparsity {method.sparsity:g} is {K:,} connections, the state has {int(found):,}"
-    if not state.masks.every_possible:
-        raise ConfigError(f"method must be that of init_state: {words}.")
-    LOGGER.warning("The rewire moves to what the method says: %s.", words)
+
+def other_sparsity(method: Method, K: int, found: Any) -> str:
+    """In words: the method's connections and those of a state."""
+    return f"its sparsity {method.sparsity:g} is {K:,} connections, the state has {int(found):,}"
 
 
 def on_host(net: Network, method: Method) -> Callable[[SparseState], Any]:

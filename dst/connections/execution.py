@@ -19,7 +19,7 @@ from flax.linen.dtypes import promote_dtype
 
 from dst.axis import across_devices
 from dst.connections.arena import SPARSE, VALUES, Arena
-from dst.connections.backends.dispatch import COMPILED, compiled, covered, tier
+from dst.connections.backends.dispatch import compiled, covered, on_cpu, tier
 from dst.connections.base import Connections, Execution, Part
 from dst.connections.fusion import Opaque, fused, plainly, region
 from dst.connections.masks import MASKED
@@ -254,7 +254,8 @@ def slower(net: Network) -> str:
     """What of a sparse network has no compiled kernels here, in words; "" if nothing, or masked."""
     if net.execution == "masked":
         return ""
-    return "; ".join([tier()] * (tier() != COMPILED) + _counted(net, expanded_layers(net)))
+    words = [] if on_cpu() else [tier()]
+    return "; ".join([*words, *_counted(net, expanded_layers(net))])
 
 
 def _counted(net: Network, expanded: Mapping[str, bool]) -> list[str]:
@@ -285,6 +286,8 @@ def fused_convolutions(net: Network, params, connections, collections, **kwargs)
 def expanded_layers(net: Network) -> dict[str, bool]:
     """Of each layer but matrices, whether its dense kernel is made for the moment of the call."""
     expanded: dict[str, bool] = {}
+    if all(layer.matrix for layer in net.layers.values()):
+        return expanded  # without a trace of the model
 
     def record(layer, module, h, y, call):
         if not layer.matrix:

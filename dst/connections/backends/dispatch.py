@@ -23,14 +23,11 @@ def compiled(values: Array) -> bool:
     return on_cpu() and values.dtype == jnp.float32
 
 
-COMPILED = "compiled kernels"
-
-
 def tier() -> str:
     """Which of the two tiers computes here, in words, for the log."""
     if jax.default_backend() != "cpu":
         return "pure JAX"
-    return COMPILED if kernels.available() else f"pure JAX, as {kernels.why_not()}"
+    return "compiled kernels" if kernels.available() else f"pure JAX, as {kernels.why_not()}"
 
 
 def covered(layer: Layer, values: Any, x: Any) -> bool:
